@@ -1,0 +1,412 @@
+"""The kernel edge: netlink sockets for entries, pyroute2 for devices and addresses.
+
+Owns two raw rtnetlink sockets, one for commands and dumps, one for the monitor, and the only code that changes the
+host's links, addresses and entries. Decisions are made elsewhere: this file does what it is told and reports what
+happened, one result for each operation. Built for one thread, but for `interrupt`.
+
+Relied upon: notifications are queued to the monitor while the kernel handles the message that causes them, so after a
+batch is acknowledged its echoes are already there to be read; they carry our port id, but for FDB entries and the
+final deletion of a neighbour, which carry 0.
+"""
+
+import errno
+import os
+import select
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from overlay import rtnl
+from overlay.device import OWNER, DeviceSpec, FoundDevice, adjustments, incompatibility
+from overlay.model import Drop, Entry, Gone, Op, Sight
+from subnet_lease.model import Prefix, format_address, format_mac, pack_address, pack_mac
+
+if TYPE_CHECKING:
+    from pyroute2 import IPRoute
+
+T = TypeVar("T")
+
+BATCH = 400
+"""Messages in one send: large enough to make system calls cheap, small enough for the acks to fit the socket."""
+
+RECEIVE_BUFFER = 8 << 20
+"""Bytes asked for on both sockets, so that bursts of notifications and acks are not lost while Python is busy."""
+
+ABSENT = (errno.ENOENT, errno.ESRCH, errno.ENODEV)
+"""What the kernel answers when an entry to be removed, or the device it was on, is not there."""
+
+DUMP_ATTEMPTS = 5
+
+_SOL_NETLINK = 270
+_EXT_ACK, _CAP_ACK, _STRICT_CHECK = 11, 10, 12
+_ADD_MEMBERSHIP = 1
+_SO_RCVBUFFORCE = 33
+_GROUPS = (1, 3, 5, 7, 32)  # RTNLGRP_LINK, _NEIGH, _IPV4_IFADDR, _IPV4_ROUTE, _NEXTHOP
+
+
+class KernelRefused(Exception):
+    """The kernel refused something that no other entry can make up for: `what` was asked, `errno` the answer."""
+
+    def __init__(self, what: str, code: int) -> None:
+        super().__init__(f"{what}: {os.strerror(code)}")
+        self.what = what
+        self.errno = code
+
+
+class DeviceOccupied(Exception):
+    """An interface has our device's name and is something else; the text says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the monitor brought since it was last read. `lost`: some of it, so that only a dump tells the truth.
+
+    `device_changed`: our device, its addresses or its state are not as they were; entries may have gone without notice.
+    """
+
+    sights: tuple[Sight, ...] = ()
+    lost: bool = False
+    device_changed: bool = False
+
+
+class Kernel:
+    """This network namespace's kernel. `device` is the interface index of ours, 0 as long as there is none."""
+
+    def __init__(self) -> None:
+        self.device = 0
+        self._commands = _netlink_socket()
+        self._port: int = self._commands.getsockname()[0]
+        self._monitor = _netlink_socket()
+        for group in _GROUPS:
+            try:
+                self._monitor.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
+            except OSError:
+                # Kernels before 5.3 have no nexthop objects to report on.
+                continue
+        self._monitor.setblocking(False)
+        self._commands.settimeout(10)
+        self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._unread: list[bytes] = []
+        self._lost = False
+
+    def close(self) -> None:
+        """Close all sockets."""
+        self._commands.close()
+        self._monitor.close()
+        os.close(self._wake_read)
+        os.close(self._wake_write)
+
+    # --- waiting ---
+
+    def wait(self, seconds: float | None) -> None:
+        """Return when the monitor has something, after `interrupt`, or after `seconds`."""
+        if self._unread or self._lost:
+            return
+        ready, _, _ = select.select([self._monitor.fileno(), self._wake_read], [], [], seconds)
+        if self._wake_read in ready:
+            os.read(self._wake_read, 4096)
+
+    def interrupt(self) -> None:
+        """End the present or next `wait`. For other threads."""
+        try:
+            os.write(self._wake_write, b"\0")
+        except BlockingIOError:
+            pass  # The pipe is full of wake-ups already.
+
+    # --- the monitor ---
+
+    def observe(self) -> Seen:
+        """All notifications so far, without our own echoes where their header tells."""
+        self._drain()
+        buffers, self._unread = self._unread, []
+        lost, self._lost = self._lost, False
+        sights: list[Sight] = []
+        changed = False
+        for buffer in buffers:
+            for message in rtnl.messages(buffer):
+                if message.kind in (rtnl.NEWLINK, rtnl.DELLINK, rtnl.NEWADDR, rtnl.DELADDR):
+                    changed = changed or rtnl.device_of(buffer, message) == self.device
+                    continue
+                seen = rtnl.sight(buffer, message, self.device)
+                if seen is not None:
+                    sights.append(seen)
+        return Seen(tuple(sights), lost, changed)
+
+    def _drain(self) -> None:
+        """Move what is queued to memory: the socket's buffer is bounded, and a batch of ours may outgrow it."""
+        receive, unread, port = self._monitor.recv, self._unread, self._port
+        while True:
+            try:
+                buffer = receive(65536)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                self._lost = True
+                continue
+            if int.from_bytes(buffer[12:16], sys.byteorder) != port:
+                unread.append(buffer)
+
+    # --- entries ---
+
+    def apply(self, ops: Sequence[Op]) -> list[tuple[Op, int]]:
+        """Carry out `ops` in their order; each with its errno, 0 for done. One failing keeps no other from being tried.
+
+        Raises KernelRefused if the socket itself fails, when nothing is known of what was done: dump and compare.
+        """
+        results: list[tuple[Op, int]] = []
+        for start in range(0, len(ops), BATCH):
+            results += self._apply_batch(ops[start : start + BATCH])
+            self._drain()
+        return results
+
+    def _apply_batch(self, ops: Sequence[Op]) -> list[tuple[Op, int]]:
+        device = self.device
+        outgoing: list[bytes] = []
+        answers: list[Op | None] = []
+        for op in ops:
+            if isinstance(op, Drop):
+                outgoing.append(rtnl.drop(op.entry, device, len(answers)))
+            else:
+                if op.afresh:
+                    outgoing.append(rtnl.drop(op.entry, device, len(answers)))
+                    answers.append(None)
+                outgoing.append(rtnl.put(op.entry, device, len(answers)))
+            answers.append(op)
+        codes = self._exchange(outgoing)
+        results = []
+        for op_or_none, code in zip(answers, codes, strict=True):
+            if op_or_none is None:
+                continue
+            if isinstance(op_or_none, Drop) and code in ABSENT:
+                code = 0
+            results.append((op_or_none, code))
+        return results
+
+    def _exchange(self, outgoing: list[bytes]) -> list[int]:
+        """Send messages numbered from 0 in one go; the errno of each."""
+        codes = [0] * len(outgoing)
+        missing = len(outgoing)
+        try:
+            self._commands.send(b"".join(outgoing))
+            while missing:
+                buffer = self._commands.recv(65536)
+                for message in rtnl.messages(buffer):
+                    if message.kind == rtnl.NLMSG_ERROR and message.sequence < len(codes):
+                        codes[message.sequence] = rtnl.error_of(buffer, message)
+                        missing -= 1
+        except OSError as error:
+            self._renew_commands()
+            raise KernelRefused("netlink batch", error.errno or errno.ETIMEDOUT) from error
+        return codes
+
+    def _renew_commands(self) -> None:
+        """After a lost answer the socket may hold answers to questions nobody asks any more."""
+        self._commands.close()
+        self._commands = _netlink_socket()
+        self._commands.settimeout(10)
+        self._port = self._commands.getsockname()[0]
+
+    def dump(self, nexthops: bool) -> list[Entry]:
+        """All entries on our device, whoever made them. Raises KernelRefused."""
+        entries: list[Entry] = []
+        for request in rtnl.dump_requests(self.device, nexthops):
+            entries += self._dump(request)
+        return entries
+
+    def has_nexthops(self) -> bool:
+        """Whether this kernel (5.3 and later) has nexthop objects."""
+        try:
+            self._dump(rtnl.nexthop_dump_request(1))
+        except KernelRefused as refused:
+            if refused.errno in (errno.EOPNOTSUPP, errno.EINVAL):
+                return False
+            raise
+        return True
+
+    def _dump(self, request: bytes) -> list[Entry]:
+        for _ in range(DUMP_ATTEMPTS):
+            entries, complete = self._dump_once(request)
+            if complete:
+                return entries
+        raise KernelRefused("dump", errno.EINTR)
+
+    def _dump_once(self, request: bytes) -> tuple[list[Entry], bool]:
+        """(entries, False if the tables changed beneath: NLM_F_DUMP_INTR)."""
+        entries: list[Entry] = []
+        complete = True
+        try:
+            self._commands.send(request)
+            while True:
+                buffer = self._commands.recv(1 << 18)
+                for message in rtnl.messages(buffer):
+                    if message.flags & rtnl.DUMP_INTERRUPTED:
+                        complete = False
+                    if message.kind in (rtnl.NLMSG_DONE, rtnl.NLMSG_ERROR):
+                        code = rtnl.error_of(buffer, message)
+                        if code and code not in ABSENT:
+                            raise KernelRefused("dump", code)
+                        return entries, complete
+                    seen = rtnl.sight(buffer, message, self.device)
+                    if seen is not None and not isinstance(seen, Gone):
+                        entries.append(seen)
+        except OSError as error:
+            self._renew_commands()
+            raise KernelRefused("dump", error.errno or errno.ETIMEDOUT) from error
+
+    # --- the device ---
+
+    def find_device(self, name: str) -> FoundDevice | None:
+        """The interface called `name`, None if there is none."""
+        return _guarded("look up device " + name, lambda route: _find(route, name))
+
+    def ensure_device(self, spec: DeviceSpec) -> tuple[str, ...]:
+        """Make the device as `spec` says, with the least change; the changes made, as words, empty if none.
+
+        Sets `device`. Raises DeviceOccupied if the name is taken by another kind, KernelRefused on failure.
+        """
+
+        def ensure(route: "IPRoute") -> tuple[str, ...]:
+            changes: tuple[str, ...] = ()
+            found = _find(route, spec.name)
+            reason = incompatibility(spec, found) if found else None
+            if found and found.kind != "vxlan":
+                raise DeviceOccupied(f"an interface {spec.name} exists and {reason}")
+            if found and reason:
+                route.link("del", index=found.index)
+                found, changes = None, (f"removed, {reason}",)
+            if found is None:
+                _create(route, spec)
+                found = _find(route, spec.name)
+                changes = (*changes, "created")
+                if found is None:
+                    raise KernelRefused("create device " + spec.name, errno.ENODEV)
+            todo = adjustments(spec, found)
+            _adjust(route, spec, found, todo)
+            self.device = found.index
+            return changes if "created" in changes else todo
+
+        return _guarded("set up device " + spec.name, ensure)
+
+    def remove_device(self, name: str) -> bool:
+        """Delete our device called `name`; False if there is none that bears our mark."""
+
+        def remove(route: "IPRoute") -> bool:
+            found = _find(route, name)
+            if found is None or found.kind != "vxlan" or found.alias != OWNER:
+                return False
+            route.link("del", index=found.index)
+            return True
+
+        return _guarded("remove device " + name, remove)
+
+    def own_devices(self) -> list[FoundDevice]:
+        """All interfaces that bear our mark."""
+
+        def listed(route: "IPRoute") -> list[FoundDevice]:
+            names = [
+                link.get_attr("IFLA_IFNAME") for link in route.get_links() if link.get_attr("IFLA_IFALIAS") == OWNER
+            ]
+            return [found for name in names if (found := _find(route, name)) is not None]
+
+        return _guarded("list devices", listed)
+
+
+def _find(route: "IPRoute", name: str) -> FoundDevice | None:
+    from pyroute2 import NetlinkError
+
+    try:
+        link = route.link("get", ifname=name)[0]
+    except NetlinkError as error:
+        if error.code == errno.ENODEV:
+            return None
+        raise
+    info = link.get_attr("IFLA_LINKINFO")
+    kind = str(info.get_attr("IFLA_INFO_KIND") or "") if info else ""
+    data = info.get_attr("IFLA_INFO_DATA") if info and kind == "vxlan" else None
+    local = data.get_attr("IFLA_VXLAN_LOCAL") if data else None
+    addresses = route.get_addr(index=link["index"], family=socket.AF_INET)
+    return FoundDevice(
+        index=link["index"],
+        name=name,
+        kind=kind,
+        mac=pack_mac(link.get_attr("IFLA_ADDRESS") or "00:00:00:00:00:00"),
+        mtu=link.get_attr("IFLA_MTU"),
+        up=bool(link["flags"] & 1),
+        alias=link.get_attr("IFLA_IFALIAS") or "",
+        vni=data.get_attr("IFLA_VXLAN_ID") if data else 0,
+        port=data.get_attr("IFLA_VXLAN_PORT") if data else 0,
+        link=(data.get_attr("IFLA_VXLAN_LINK") or 0) if data else 0,
+        local=pack_address(local) if local else b"",
+        learning=bool(data and data.get_attr("IFLA_VXLAN_LEARNING")),
+        gbp=bool(data and data.get_attr("IFLA_VXLAN_GBP")),
+        addresses=tuple(Prefix(pack_address(a.get_attr("IFA_LOCAL")), a["prefixlen"]) for a in addresses),
+    )
+
+
+def _create(route: "IPRoute", spec: DeviceSpec) -> None:
+    # The MAC is given here and not later: udev leaves a MAC alone that was set when the device was made.
+    attributes: dict[str, Any] = {
+        "ifname": spec.name,
+        "kind": "vxlan",
+        "address": format_mac(spec.mac),
+        "mtu": spec.mtu,
+        "ifalias": OWNER,
+        "vxlan_id": spec.vni,
+        "vxlan_link": spec.link,
+        "vxlan_local": format_address(spec.local),
+        "vxlan_port": spec.port,
+        "vxlan_learning": int(spec.learning),
+    }
+    if spec.gbp:
+        attributes["vxlan_gbp"] = True
+    route.link("add", **attributes)
+
+
+def _adjust(route: "IPRoute", spec: DeviceSpec, found: FoundDevice, todo: tuple[str, ...]) -> None:
+    values: dict[str, Any] = {"mac": format_mac(spec.mac), "mtu": spec.mtu, "alias": OWNER}
+    names = {"mac": "address", "mtu": "mtu", "alias": "ifalias"}
+    changes = {names[what]: values[what] for what in todo if what in names}
+    if changes:
+        route.link("set", index=found.index, **changes)
+    if "up" in todo:
+        route.link("set", index=found.index, state="up")
+    if "address" in todo:
+        wanted = spec.address
+        if wanted not in found.addresses:
+            route.addr("add", index=found.index, address=format_address(wanted.base), prefixlen=wanted.length)
+        for other in found.addresses:
+            if other != wanted:
+                route.addr("del", index=found.index, address=format_address(other.base), prefixlen=other.length)
+
+
+def _guarded(what: str, work: "Callable[[IPRoute], T]") -> T:
+    """Run `work` with an open pyroute2 socket; its errors become KernelRefused."""
+    # Imported here: most of what a start costs is imports, and a pass needs none of this.
+    from pyroute2 import IPRoute, NetlinkError
+
+    try:
+        with IPRoute() as route:
+            return work(route)
+    except NetlinkError as error:
+        raise KernelRefused(what, error.code) from error
+
+
+def _netlink_socket() -> socket.socket:
+    """A bound rtnetlink socket with terse acks, strict dump filters and a large receive buffer."""
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    for option in (_EXT_ACK, _CAP_ACK, _STRICT_CHECK):
+        try:
+            sock.setsockopt(_SOL_NETLINK, option, 1)
+        except OSError:
+            # Strict checking came with 4.20; without it dumps are filtered here alone.
+            continue
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BUFFER)
+    except PermissionError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
+    sock.bind((0, 0))
+    return sock
