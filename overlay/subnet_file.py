@@ -1,0 +1,79 @@
+"""`subnet.env`: what the container runtime reads of this host's subnet. Format and mode are flannel's.
+
+The stock flannel CNI plugin and Docker set-ups source this file, at any moment: it is replaced in one step, never
+written in place, and not touched while its content is right.
+"""
+
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from subnet_lease.model import Prefix, format_address
+
+_MAX_BYTES = 4096
+"""Such a file has some 100 bytes; of anything else no more is read."""
+
+
+def render(network: Prefix, subnet: Prefix, mtu: int, ip_masq: bool) -> str:
+    """The content: FLANNEL_SUBNET is the subnet's first address after the base, with the prefix length."""
+    return (
+        f"FLANNEL_NETWORK={network}\n"
+        f"FLANNEL_SUBNET={format_address(subnet.host(1))}/{subnet.length}\n"
+        f"FLANNEL_MTU={mtu}\n"
+        f"FLANNEL_IPMASQ={'true' if ip_masq else 'false'}\n"
+    )
+
+
+def write(path: str, network: Prefix, subnet: Prefix, mtu: int, ip_masq: bool) -> bool:
+    """Bring the file up to date, mode 0644; whether it had to be written. OSError if that is impossible."""
+    target = Path(path)
+    content = render(network, subnet, mtu, ip_masq).encode()
+    if _content(target) == content and target.stat().st_mode & 0o777 == 0o644:
+        return False
+    _create_directory(target.parent)
+    # A name of its own: a second writer, or a file left by a crash, must not get in between.
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            # Explicit: the umask of a service may be 0077, and the readers are other users' processes.
+            os.fchmod(file.fileno(), 0o644)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).rename(target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return True
+
+
+def read(path: str) -> Prefix | None:
+    """The subnet an earlier run wrote, to ask for it again; None if there is no file or no subnet to be read in it."""
+    content = _content(Path(path))
+    if content is None:
+        return None
+    found = re.findall(rb"^FLANNEL_SUBNET=([0-9./]+)\r?$", content, re.MULTILINE)
+    if len(found) != 1:
+        return None
+    try:
+        return Prefix.parse(found[0].decode("ascii"), strict=False)
+    except ValueError:
+        return None
+
+
+def _content(path: Path) -> bytes | None:
+    try:
+        with path.open("rb") as file:
+            return file.read(_MAX_BYTES)
+    except OSError:
+        return None
+
+
+def _create_directory(path: Path) -> None:
+    """The directory and its parents, readable by all whatever the umask is; an existing one stays as it is."""
+    if path.is_dir():
+        return
+    _create_directory(path.parent)
+    path.mkdir(exist_ok=True)
+    path.chmod(0o755)
