@@ -29,8 +29,8 @@ from subnet_lease.store import Changes, Deleted, Record, Snapshot
 MAX_BLOCKS = 256
 """A lease may span this many subnets of the network's SubnetLen; no agent writes one that spans several."""
 
-UNROUTABLE = tuple(Prefix.parse(text) for text in ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "240.0.0.0/4"))
-"""Where no VTEP can be: "this" network, loopback, multicast, reserved with broadcast (RFC 6890)."""
+UNROUTABLE = frozenset({0, 127, *range(224, 256)})
+"""First bytes of addresses where no VTEP can be: "this" network, loopback, multicast, reserved (RFC 6890)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +50,8 @@ class LeaseTable:
     def __init__(self, config: NetworkConfig, host: Host) -> None:
         self._config = config
         self._network = config.block
+        # Packed addresses compare as the numbers they are; a whole table is held against these two.
+        self._first, self._last = self._network.base, self._network.host(self._network.size - 1)
         self._host = host
         self._valid: dict[str, Lease] = {}
         self._invalid: dict[str, str] = {}
@@ -111,10 +113,11 @@ class LeaseTable:
             self._invalid[record.key] = str(reason)
             return
         self._valid[record.key] = lease
+        alone = (record.key,)
         for claim in self._claims_of(lease):
-            others = self._claims.get(claim, ())
-            self._claims[claim] = (*others, record.key)
-            if others:
+            others = self._claims.setdefault(claim, alone)
+            if others is not alone:
+                self._claims[claim] = others + alone
                 doubtful.add(record.key)
                 doubtful.update(others)
 
@@ -131,7 +134,7 @@ class LeaseTable:
 
     def _objection(self, lease: Lease) -> str | None:
         config, host, subnet, attrs = self._config, self._host, lease.subnet, lease.attrs
-        if not self._network.covers(subnet):
+        if not self._first <= subnet.base <= self._last or subnet.length < self._network.length:
             return f"the subnet lies outside {self._network}"
         if subnet.length < config.subnet_len - MAX_BLOCKS.bit_length() + 1:
             return f"the subnet spans more than {MAX_BLOCKS} subnets of /{config.subnet_len}"
@@ -153,9 +156,9 @@ class LeaseTable:
             return f"VtepMAC {format_mac(mac)} is this host's own"
         if attrs.public_ip == host.public_ip:
             return f"PublicIP {format_address(attrs.public_ip)} is this host's own"
-        if self._network.holds(attrs.public_ip):
+        if self._first <= attrs.public_ip <= self._last:
             return f"PublicIP {format_address(attrs.public_ip)} lies inside the overlay, {self._network}"
-        if any(block.holds(attrs.public_ip) for block in UNROUTABLE):
+        if attrs.public_ip[0] in UNROUTABLE:
             return f"PublicIP {format_address(attrs.public_ip)} cannot be a host's address"
         return None
 

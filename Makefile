@@ -1,0 +1,100 @@
+# Everything a newcomer or CI runs. `make` alone lists the targets. The virtual environment is .venv, installed from the
+# hash-pinned lock files and made anew when they change. Missing programs are installed through apt, nothing else is.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip --disable-pip-version-check --quiet
+SOURCES := agent.py overlay subnet_lease tests
+
+# program:package
+PROGRAMS := ip:iproute2 bridge:iproute2 etcd:etcd-server nft:nftables ping:iputils-ping
+test: PROGRAMS += etcdctl:etcd-client openssl:openssl systemd-analyze:systemd
+
+# What "CORE" means stands once, in the first import contract.
+CORE = $(shell $(BIN)/python -c 'import tomllib; \
+  contracts = tomllib.load(open("pyproject.toml", "rb"))["tool"]["importlinter"]["contracts"]; \
+  print(",".join(name.replace(".", "/") + ".py" for name in contracts[0]["source_modules"]))')
+
+.PHONY: help demo test unit lint types bench docs lock wheel clean root system
+help:
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+
+demo: root system .venv/run.stamp ## a cluster of three hosts on this machine, shown and taken down again; needs root
+	@$(BIN)/overlay-agent lab demo
+
+test: root system lint types unit ## all checks and tests; needs root
+	$(BIN)/python -m pytest -n auto --dist loadfile tests/netns tests/packet tests/faults
+
+unit: .venv/dev.stamp ## tests without root or network, with the branch coverage of the pure code
+	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report= tests/unit
+	$(BIN)/coverage report --include="$(CORE)" --show-missing --skip-covered --fail-under=100
+
+lint: .venv/dev.stamp ## format, style and layering
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/lint-imports
+
+types: .venv/dev.stamp ## mypy --strict
+	$(BIN)/mypy
+
+bench: root system .venv/dev.stamp ## measurements against the kernel alone and iproute2; needs root
+	$(BIN)/python -m tests.bench
+
+docs: .venv/run.stamp ## regenerate docs/configuration.md from the options
+	$(BIN)/python -m overlay.options > docs/configuration.md
+
+# `make lock UV_OPTIONS=--upgrade` moves to the newest versions; without it only what pyproject.toml calls for changes.
+lock: ## bring the lock files in line with pyproject.toml
+	@uv=$$(mktemp -d); trap 'rm -rf "$$uv"' EXIT; \
+	$(PYTHON) -m venv "$$uv"; "$$uv/bin/pip" --disable-pip-version-check install --quiet uv; \
+	compile=("$$uv/bin/uv" pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header); \
+	echo setuptools | "$${compile[@]}" $(UV_OPTIONS) pyproject.toml - -o requirements.lock; \
+	echo setuptools | "$${compile[@]}" $(UV_OPTIONS) pyproject.toml - --group dev -c requirements.lock -o requirements-dev.lock
+
+wheel: .venv/run.stamp ## build dist/overlay_agent-*.whl
+	$(PIP) wheel --no-deps --no-build-isolation --no-index --wheel-dir dist .
+
+clean: ## remove .venv and all that was built
+	rm -rf .venv build dist *.egg-info .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+root:
+	@[ "$$(id -u)" = 0 ] || { echo "Network namespaces need root: sudo make $(MAKECMDGOALS)"; exit 1; }
+
+# Debian's etcd-server starts a service of its own as it is installed. A mask set before keeps systemd from doing so,
+# RUNLEVEL=1 an older init; then the unit is as any other that nobody has enabled.
+system:
+	@missing=$$(for pair in $(PROGRAMS); do command -v "$${pair%:*}" >/dev/null || echo "$${pair#*:}"; done | sort -u); \
+	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing+=" python3-venv"; \
+	if [ -n "$$missing" ]; then \
+	  echo "Installing through apt:" $$missing; quiet=; \
+	  command -v apt-get >/dev/null || { echo "There is no apt-get here; install them your own way."; exit 1; }; \
+	  if [[ $$missing = *etcd-server* ]] && command -v systemctl >/dev/null; then \
+	    echo "The etcd service that comes with the package will not be started or enabled."; \
+	    quiet=yes; systemctl mask --quiet etcd.service; fi; \
+	  apt-get update --quiet --quiet; \
+	  RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --quiet --no-install-recommends $$missing; \
+	  if [ -n "$$quiet" ]; then systemctl unmask --quiet etcd.service; systemctl disable --quiet etcd.service; fi; \
+	fi
+
+.venv/run.stamp: requirements.lock pyproject.toml
+	@$(call install,requirements.lock)
+
+.venv/dev.stamp: requirements-dev.lock pyproject.toml
+	@$(call install,requirements-dev.lock)
+
+define install
+$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+  echo "overlay-agent needs Python 3.11, 3.12 or 3.13; $(PYTHON) is $$($(PYTHON) --version). Name one: make PYTHON=python3.12"; \
+  exit 1; }; \
+echo "Installing $(1) into .venv"; \
+[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv; \
+$(PIP) install --require-hashes -r $(1); \
+$(PIP) install --no-deps --no-build-isolation --no-index --config-settings editable_mode=compat --editable .; \
+touch $@
+endef

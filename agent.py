@@ -1,0 +1,561 @@
+"""The `overlay-agent` command: its subcommands, and the composition root of `run`.
+
+Owns the wiring and the order of a start; decisions and work are elsewhere. Modules are imported by the command that
+needs them: most of the time a start takes is imports.
+"""
+
+import argparse
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import overlay
+from overlay.options import (
+    EtcdOptions,
+    HostOptions,
+    OptionError,
+    Options,
+    Parser,
+    add_arguments,
+    config_file,
+    format_error,
+    ignored_environment,
+    resolve,
+)
+
+if TYPE_CHECKING:
+    from overlay.device import DeviceSpec, Underlay
+    from overlay.kernel import Kernel
+    from overlay.notify import Notifier
+    from overlay.reconciler import Reconciler
+    from subnet_lease.etcd import EtcdStore
+    from subnet_lease.model import Lease, LeaseAttrs, NetworkConfig
+    from subnet_lease.store import Changes, Snapshot
+
+Chosen = TypeVar("Chosen", bound=EtcdOptions)
+
+USAGE = 2
+STALLED = 30.0
+"""Seconds without a pass after which the reconciler counts as hung: it makes one every few seconds when idle."""
+
+
+class Refusal(Exception):
+    """The command cannot do its work; the text says why and how to mend it."""
+
+
+class Terminated(BaseException):
+    """A signal asked the process to end."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    try:
+        arguments = sys.argv[1:] if argv is None else argv
+        return _carry_out(_parser(arguments).parse_args(arguments))
+    except OptionError as error:
+        print(format_error(error), file=sys.stderr)
+        return USAGE
+    except Refusal as refusal:
+        print(f"overlay-agent: {refusal}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`). Python would complain again while flushing at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser for `argv`: only the command that is called for gets its options, and its imports."""
+    parser: argparse.ArgumentParser = Parser(
+        prog="overlay-agent", description="A VXLAN overlay network agent that speaks flannel's etcd contract."
+    )
+    parser.add_argument("--version", action="version", version=f"overlay-agent {overlay.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    called = next((word for word in argv if not word.startswith("-")), None)
+    for name, (summary, description, fill) in COMMANDS.items():
+        command = commands.add_parser(name, help=summary, description=description)
+        if name == called:
+            fill(command)
+    return parser
+
+
+def _fill_run(parser: argparse.ArgumentParser) -> None:
+    add_arguments(parser, Options)
+
+
+def _fill_cleanup(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--release", action="store_true", help="also give the lease back, so that others can have it")
+    add_arguments(parser, Options)
+
+
+def _fill_lab(parser: argparse.ArgumentParser) -> None:
+    from overlay import lab
+
+    lab.add_arguments(parser)
+
+
+COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
+    "run": (
+        "run the agent of this host",
+        "Lease a subnet, set up the VXLAN device, and keep this host's entries in step with its peers.",
+        _fill_run,
+    ),
+    "cleanup": (
+        "remove all that the agent made on this host",
+        "Remove the device, its entries, firewall table and subnet file. The agent must not be running.",
+        _fill_cleanup,
+    ),
+    "lab": (
+        "a cluster in network namespaces on this machine",
+        "A cluster of hosts, agents and pods in network namespaces on this machine, to try things out.",
+        _fill_lab,
+    ),
+}
+"""Name: one line for the list, a description, and what gives the parser its options."""
+
+
+def _carry_out(arguments: argparse.Namespace) -> int:
+    match arguments.command:
+        case "run":
+            return run(_options(Options, arguments))
+        case "cleanup":
+            return cleanup(_options(Options, arguments), release=arguments.release)
+        case "lab":
+            from overlay import lab, logs
+
+            logs.configure("error", "auto", os.environ)
+            return lab.command(arguments, _lab_store)
+        case _:
+            raise OptionError("COMMAND", "none is given", "The agent itself is: overlay-agent run. See --help.")
+
+
+def _options(kind: type[Chosen], arguments: argparse.Namespace) -> Chosen:
+    """The options of a command from all their sources; the file is read here."""
+    path, asked = config_file(arguments, os.environ)
+    text = ""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if asked:
+            raise OptionError("--config", f"there is no file {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise OptionError("--config", f"{path} cannot be read: {reason}") from None
+    return resolve(kind, arguments, os.environ, text, path)
+
+
+# --- edges that several commands build ---------------------------------------------------------------------------
+
+
+def _store(options: EtcdOptions) -> "EtcdStore":
+    from subnet_lease.etcd import EtcdStore
+    from subnet_lease.store import StoreConfigInvalid
+
+    try:
+        return EtcdStore(
+            options.etcd_endpoints,
+            options.etcd_prefix,
+            cafile=options.etcd_cafile,
+            certfile=options.etcd_certfile,
+            keyfile=options.etcd_keyfile,
+            username=options.etcd_username,
+            password=_password(options),
+        )
+    except StoreConfigInvalid as error:
+        raise OptionError(f"--etcd-{error.option}", error.reason) from None
+
+
+def _password(options: EtcdOptions) -> str | None:
+    from overlay import logs
+
+    password = options.etcd_password.reveal() if options.etcd_password else None
+    if options.etcd_password_file:
+        try:
+            password = Path(options.etcd_password_file).read_text(encoding="utf-8").split("\n", 1)[0]
+        except (OSError, UnicodeDecodeError):
+            raise OptionError("--etcd-password-file", f"{options.etcd_password_file} cannot be read") from None
+    if password:
+        logs.hide(password)
+    return password
+
+
+def _lab_store(endpoint: str) -> "EtcdStore":
+    """The store of a lab's own etcd."""
+    from subnet_lease.etcd import EtcdStore
+
+    return EtcdStore([endpoint], EtcdOptions().etcd_prefix)
+
+
+def _claim() -> Any:
+    """Held for as long as this process lives: no second agent, and no cleanup beside a running one."""
+    from overlay.claim import Claimed, claim_host, command_of
+
+    try:
+        return claim_host()
+    except Claimed as other:
+        raise Refusal(
+            f"this host's dataplane is held by {other} ({command_of(other.pid) or 'its command cannot be read'}); "
+            "there can be one agent in a network namespace. Stop that one first."
+        ) from None
+
+
+def _public_ip(options: HostOptions) -> bytes | None:
+    from subnet_lease.model import pack_address
+
+    return pack_address(options.public_ip) if options.public_ip else None
+
+
+def _underlay(options: HostOptions, device: str) -> "Underlay":
+    from overlay.underlay import NoUnderlay, find_underlay
+
+    try:
+        return find_underlay(
+            options.iface, options.iface_regex, options.iface_can_reach, _public_ip(options), vni_device=device
+        )
+    except NoUnderlay as error:
+        raise Refusal(str(error)) from None
+
+
+# --- run ---------------------------------------------------------------------------------------------------------
+
+
+def run(options: Options) -> int:
+    """The agent: until a signal ends it. The dataplane stays as it is; the next start takes it over."""
+    from overlay import logs, preflight
+    from overlay.notify import Notifier
+
+    logs.configure(options.log_level, options.log_format, os.environ)
+    problems = preflight.problems(options.subnet_file, nft=options.ip_masq)
+    if problems:
+        raise Refusal(preflight.report(problems))
+    notifier = Notifier.from_environ(os.environ, os.getpid())
+    with ExitStack() as stack:
+        stack.enter_context(_claim())
+        stack.callback(notifier.stopping)
+        store = _store(options)
+        stack.callback(store.close)
+        _end_on_signals()
+        try:
+            _run(options, store, notifier, stack)
+        except Terminated:
+            return 0
+
+
+def _end_on_signals() -> None:
+    def end(number: int, frame: object) -> NoReturn:
+        # Once is enough: a second signal must not break into the orderly end.
+        for each in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(each, signal.SIG_IGN)
+        raise Terminated
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+
+
+def _run(options: Options, store: "EtcdStore", notifier: "Notifier", stack: ExitStack) -> NoReturn:
+    """Build the edges, take the lease, start the loops, and watch over them until one fails or a signal comes."""
+    import structlog
+
+    from overlay import subnet_file
+    from overlay.device import device_name, overlay_mtu
+    from overlay.kernel import Kernel
+    from overlay.reconciler import Reconciler, Stop
+    from subnet_lease.keeper import Keeper
+    from subnet_lease.watcher import Watcher
+
+    log = structlog.get_logger("agent")
+    log.info("starting", version=overlay.__version__, etcd=list(options.etcd_endpoints), prefix=options.etcd_prefix)
+    for variable, reason in ignored_environment(os.environ).items():
+        log.warning("variable_ignored", variable=variable, reason=reason)
+
+    config = _wait_for_config(options, store, notifier, log)
+    underlay = _underlay(options, device_name(config.backend.vni))
+    try:
+        mtu = overlay_mtu(underlay.mtu, config.backend.mtu)
+    except ValueError as error:
+        raise Refusal(f"interface {underlay.name} cannot carry an overlay: {error}") from None
+    kernel = Kernel()
+    stack.callback(kernel.close)
+    attrs_for = _own_attrs(options, config, underlay, mtu, kernel)
+    log.info("underlay_chosen", interface=underlay.name, mtu=underlay.mtu, why=underlay.why)
+
+    def moved(lease: "Lease") -> None:
+        """Another subnet or value: the table starts over from a new snapshot."""
+        reconciler.post(lease)
+        watcher.relist()
+
+    def deliver(fact: "Snapshot | Changes") -> None:
+        reconciler.post(fact)
+        keeper.saw(fact)
+
+    notifier.status("waiting for a subnet")
+    keeper = Keeper(
+        store,
+        config,
+        attrs_for(None).public_ip,
+        attrs_for,
+        ttl=options.subnet_lease_ttl,
+        renew_margin=options.subnet_lease_renew_margin,
+        preferred=subnet_file.read(options.subnet_file),
+        on_lease=moved,
+    )
+    lease = keeper.acquire()
+    if lease is None:
+        raise Terminated
+    notifier.status(f"setting up {lease.subnet}")
+    reconciler = Reconciler(
+        kernel,
+        config,
+        underlay,
+        lease,
+        prepare=_surroundings(options, config, log),
+        on_ready=_announcement(options, config, notifier, log),
+        clock=time.monotonic,
+    )
+    watcher = Watcher(store, deliver)
+    loops = _Loops(log)
+    stack.callback(loops.end)
+    loops.start("reconciler", reconciler.run, lambda: reconciler.post(Stop()))
+    loops.start("watcher", watcher.run, watcher.stop)
+    loops.start("keeper", keeper.run, keeper.stop)
+    _serve_health(options, reconciler, loops, stack)
+    while not loops.wait_for_failure(notifier.watchdog_interval):
+        if _alive(reconciler, loops)[0]:
+            notifier.beat()
+    raise Refusal("an inner loop failed, see the log; the dataplane stays as it is. Start the agent again.")
+
+
+def _wait_for_config(options: Options, store: "EtcdStore", notifier: "Notifier", log: Any) -> "NetworkConfig":
+    """The network configuration, waited for as long as etcd or the key is missing; Refusal if it cannot be used."""
+    from subnet_lease.model import ConfigInvalid, NetworkConfig
+    from subnet_lease.retry import Backoff, Outage
+    from subnet_lease.store import StoreError
+
+    backoff, outage, said = Backoff(random.random), Outage(), ""
+    while True:
+        reason = f"there is no key {options.etcd_prefix}/config in etcd; it is the operator who writes it"
+        try:
+            value = store.read_config()
+        except StoreError as error:
+            value, reason = None, str(error)
+        if value is not None:
+            break
+        if outage.failed(time.monotonic()) or reason != said:
+            said = reason
+            log.warning("waiting_for_config", reason=reason)
+            notifier.status(f"waiting: {reason}")
+        time.sleep(backoff.delay())
+    try:
+        config = NetworkConfig.parse(value)
+        if config.backend.type != "vxlan":
+            raise ConfigInvalid("Backend.Type", f"{config.backend.type!r} is not supported, only 'vxlan' is")
+        if config.enable_ipv6 or not config.enable_ipv4:
+            raise ConfigInvalid("EnableIPv6", "only IPv4 overlays are supported")
+    except ConfigInvalid as error:
+        raise Refusal(f"the network configuration in {options.etcd_prefix}/config cannot be used: {error}") from None
+    if config.unknown:
+        log.warning("config_keys_unknown", keys=list(config.unknown))
+    if config.backend.direct_routing:
+        log.warning("direct_routing_ignored", reason="packets to all peers take the tunnel, which works everywhere")
+    return config
+
+
+def _own_attrs(
+    options: Options, config: "NetworkConfig", underlay: "Underlay", mtu: int, kernel: "Kernel"
+) -> "Callable[[Lease | None], LeaseAttrs]":
+    """What this host publishes, given its previous lease.
+
+    A host keeps its MAC for life, from its lease, else from the device it has, else derived from its identity: flanneld
+    does not follow a change in every case.
+    """
+    from overlay.device import derived_mac, device_name
+    from subnet_lease.model import LeaseAttrs, Vtep, format_address
+
+    vni = config.backend.vni
+    public_ip = _public_ip(options) or underlay.address
+    found = kernel.find_device(device_name(vni))
+    derived = derived_mac(_machine_id(), format_address(public_ip), str(vni))
+    initial = found.mac if found and found.kind == "vxlan" else derived
+    extra = {"MTU": mtu, "NodeName": options.node_name or os.uname().nodename, "AgentVersion": overlay.__version__}
+
+    def attrs_for(previous: "Lease | None") -> LeaseAttrs:
+        known = previous.attrs.vtep if previous else None
+        return LeaseAttrs(public_ip, config.backend.type, Vtep(vni, known.mac if known else initial), extra=extra)
+
+    return attrs_for
+
+
+def _machine_id() -> str:
+    try:
+        return Path("/etc/machine-id").read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
+
+
+def _surroundings(options: Options, config: "NetworkConfig", log: Any) -> "Callable[[Lease, DeviceSpec], None]":
+    """What a device needs around it: forwarding and the firewall. What is changed is said, and what is refused."""
+    from overlay import firewall, nft, sysctl
+
+    def prepare(lease: "Lease", spec: "DeviceSpec") -> None:
+        for outcome in (sysctl.enable_forwarding(), sysctl.ignore_router_advertisements(spec.name)):
+            match outcome:
+                case sysctl.Change():
+                    log.info("sysctl_set", name=outcome.name, before=outcome.before, after=outcome.after)
+                case sysctl.Refused():
+                    log.error("sysctl_refused", name=outcome.name, reason=outcome.reason, remedy=outcome.remedy)
+        try:
+            if options.ip_masq:
+                nft.apply(firewall.ruleset(config.block, lease.subnet, spec.name))
+            elif nft.has_table(firewall.TABLE):
+                nft.apply(firewall.removal())
+        except nft.NftFailed as error:
+            log.error("firewall_refused", reason=str(error))
+
+    return prepare
+
+
+def _announcement(
+    options: Options, config: "NetworkConfig", notifier: "Notifier", log: Any
+) -> "Callable[[Lease, DeviceSpec], None]":
+    """What happens once the dataplane is complete: containers may start."""
+    from overlay import subnet_file
+
+    def announce(lease: "Lease", spec: "DeviceSpec") -> None:
+        try:
+            subnet_file.write(options.subnet_file, config.block, lease.subnet, spec.mtu, options.ip_masq)
+        except OSError as error:
+            log.error("subnet_file_refused", path=options.subnet_file, reason=os.strerror(error.errno or 0))
+            return
+        log.info("ready", subnet=str(lease.subnet), device=spec.name, mtu=spec.mtu, subnet_file=options.subnet_file)
+        notifier.ready(f"{lease.subnet} on {spec.name}")
+
+    return announce
+
+
+def _serve_health(options: Options, reconciler: "Reconciler", loops: "_Loops", stack: ExitStack) -> None:
+    if not options.healthz_port:
+        return
+    from overlay.health import HealthServer, HealthUnavailable
+
+    def ready() -> tuple[bool, str]:
+        state = reconciler.state
+        counts = (
+            f"{state.peers} peers, {state.entries} entries, {state.gap} not in place, {state.rejected} leases rejected"
+        )
+        return state.ready, f"{'ready' if state.ready else 'not ready'}: {state.trouble or counts}"
+
+    pages = {"/healthz": lambda: _alive(reconciler, loops), "/readyz": ready}
+    server = HealthServer(options.healthz_ip, options.healthz_port, pages)
+    try:
+        server.start()
+    except HealthUnavailable as error:
+        raise Refusal(str(error)) from None
+    stack.callback(server.stop)
+
+
+def _alive(reconciler: "Reconciler", loops: "_Loops") -> tuple[bool, str]:
+    """Whether all loops run; the reconciler must also have made a pass lately."""
+    if loops.failed:
+        return False, f"failed: {loops.failed}"
+    idle = time.monotonic() - reconciler.state.beat
+    return idle < STALLED, f"last pass {idle:.0f} s ago"
+
+
+class _Loops:
+    """The agent's threads. One that ends by an exception is a defect: it is reported, and the process ends."""
+
+    def __init__(self, log: Any) -> None:
+        self._log = log
+        self._threads: list[tuple[threading.Thread, Callable[[], None]]] = []
+        self._failure = threading.Event()
+        self.failed = ""
+
+    def start(self, name: str, body: Callable[[], None], stop: Callable[[], None]) -> None:
+        """Run `body` in a thread until `stop` makes it return."""
+
+        def guarded() -> None:
+            try:
+                body()
+            except Exception:
+                self._log.exception("loop_failed", loop=name)
+                self.failed = name
+                self._failure.set()
+
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        self._threads.append((thread, stop))
+        thread.start()
+
+    def wait_for_failure(self, seconds: float | None) -> bool:
+        """Whether a loop has failed by now, or does within `seconds`."""
+        return self._failure.wait(seconds)
+
+    def end(self) -> None:
+        """Stop all, the last one started first, and wait a little for each."""
+        for thread, stop in reversed(self._threads):
+            stop()
+            thread.join(5)
+
+
+# --- cleanup -----------------------------------------------------------------------------------------------------
+
+
+def cleanup(options: Options, *, release: bool) -> int:
+    """Remove what the agent made on this host; with `release` its lease as well."""
+    from overlay import cleanup as work
+    from overlay import logs, nft, preflight
+    from overlay.kernel import Kernel, KernelRefused
+    from subnet_lease.keeper import release_lease
+    from subnet_lease.model import format_address
+    from subnet_lease.store import StoreError
+
+    logs.configure("warning", options.log_format, os.environ)
+    problem = preflight.capability_problem(
+        preflight.missing_capabilities(Path("/proc/self/status").read_text(encoding="ascii"))
+    )
+    if problem:
+        raise Refusal(preflight.report([problem]))
+    with ExitStack() as stack:
+        stack.enter_context(_claim())
+        kernel = Kernel()
+        stack.callback(kernel.close)
+        public_ip = _public_ip(options)
+        nothing = True
+        try:
+            for removed in work.cleanup(kernel, options.subnet_file):
+                nothing = False
+                print(f"removed {removed.what}")
+                public_ip = public_ip or removed.local
+        except (KernelRefused, nft.NftFailed) as error:
+            raise Refusal(f"cleanup is not complete: {error}") from None
+        if nothing:
+            print("nothing of the agent's is left on this host")
+        if not release:
+            return 0
+        if public_ip is None:
+            public_ip = _underlay(options, "").address
+        store = _store(options)
+        stack.callback(store.close)
+        try:
+            lease = release_lease(store, public_ip)
+        except StoreError as error:
+            raise Refusal(f"the lease of {format_address(public_ip)} is not released: {error}") from None
+    if lease is None:
+        print(f"{format_address(public_ip)} holds no lease")
+    elif lease.reserved:
+        print(f"{lease.subnet} is reserved for {format_address(public_ip)} and stays so")
+    else:
+        print(f"released {lease.subnet}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,269 @@
+"""The `lab` commands: a cluster on one machine, brought up, looked at, used and taken down from the command line.
+
+Owns their options, their output and their exit codes; the cluster itself is `overlay.cluster`.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from overlay.cluster import (
+    STATE_ROOT,
+    Connect,
+    Lab,
+    LabError,
+    Ping,
+    Pod,
+    command_line,
+    labs,
+    name_option,
+    saved_state,
+)
+from overlay.netns import NamespaceError, Process
+from subnet_lease.model import format_address, format_mac
+from subnet_lease.store import StoreError
+
+MAX_HOSTS = 200
+
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+_PACKAGES = {"ip": "iproute2", "bridge": "iproute2", "etcd": "etcd-server", "ping": "iputils-ping", "nft": "nftables"}
+
+
+def add_arguments(lab: argparse.ArgumentParser) -> None:
+    """`lab up|status|ping|exec|down|list|demo`, to be carried out by `command`."""
+    actions = lab.add_subparsers(dest="lab_action", metavar="ACTION", required=True)
+
+    def action(name: str, text: str, *, named: bool = True, data: bool = True) -> argparse.ArgumentParser:
+        parser = actions.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        if named:
+            parser.add_argument(
+                "--name", default="lab", help="which lab; several can be up side by side (default: lab)"
+            )
+        if data:
+            parser.add_argument("--json", action="store_true", help="print data, for programs")
+        return parser
+
+    up = action("up", "bring a lab up: hosts, etcd, agents and pods; a lab of the same name is replaced")
+    up.add_argument("--hosts", type=_number(1, MAX_HOSTS), default=3, metavar="N", help="1 to 200 (default: 3)")
+    up.add_argument("--pods", type=_number(0, 9), default=2, metavar="N", help="on each host, 0 to 9 (default: 2)")
+    action("status", "show each host of a lab, its lease and what its kernel holds")
+    action("ping", "ping every pod from every pod; exit code 1 if one gets no answer")
+    run = action("exec", "run a command on a host or in a pod", data=False)
+    run.add_argument("place", metavar="HOST|POD", help="as h1, or h1p2; hub is where etcd runs")
+    run.add_argument("argv", metavar="CMD", nargs=argparse.REMAINDER, help="as: -- ip route")
+    action("down", "take a lab down, with all that belongs to it")
+    action("list", "list the labs on this machine", named=False)
+    text = "show it all in one go: a lab, its leases, its entries and a packet; then take it down"
+    action("demo", text, named=False, data=False)
+
+
+def _number(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdigit() or not low <= int(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, not {text[:20]!r}")
+        return int(text)
+
+    return parse
+
+
+def command(args: argparse.Namespace, connect: Connect) -> int:
+    """Carry out a parsed `lab` command line; its exit code."""
+    actions: dict[str, Callable[[argparse.Namespace, Connect], int]] = {
+        "up": _up,
+        "status": _status,
+        "ping": _ping,
+        "exec": _exec,
+        "down": _down,
+        "list": _list,
+        "demo": _demo,
+    }
+    for number in _STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, _stop)
+    try:
+        require_root_and_programs()
+        return actions[args.lab_action](args, connect)
+    except (NamespaceError, StoreError) as error:
+        print(f"overlay-agent lab: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("overlay-agent lab: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _stop(number: int, frame: object) -> NoReturn:
+    # Once is enough: a second signal must not break into the taking down.
+    for each in _STOP_SIGNALS:
+        signal.signal(each, signal.SIG_IGN)
+    raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+
+
+def require_root_and_programs() -> None:
+    """LabError if this process cannot make a lab, with the way out."""
+    if os.geteuid() != 0:
+        raise LabError("network namespaces need root; run it again with sudo.")
+    missing = [program for program in _PACKAGES if shutil.which(program) is None]
+    if missing:
+        packages = " ".join(sorted({_PACKAGES[program] for program in missing}))
+        raise LabError(f"{', '.join(missing)} not found; on Debian and Ubuntu: apt-get install {packages}")
+
+
+def _up(args: argparse.Namespace, connect: Connect) -> int:
+    started = time.monotonic()
+
+    def progress(line: str) -> None:
+        print(f"{time.monotonic() - started:6.2f} s  {line}", file=sys.stderr if args.json else sys.stdout, flush=True)
+
+    lab = Lab(args.name, connect=connect, hosts=args.hosts, pods=args.pods)
+    with contextlib.closing(lab):
+        try:
+            lab.up(progress)
+        except BaseException:
+            # It has undone its work, unless a signal came while it did.
+            lab.down()
+            raise
+        if args.json:
+            print(json.dumps(_report(lab)))
+            return 0
+    name = name_option(lab.name)
+    shown = lab.pods[-1] if lab.pods else lab.hosts[-1]
+    target = shown.address if isinstance(shown, Pod) else shown.underlay_ip
+    source = (lab.pods or lab.hosts)[0].name
+    print(f"\nLab {lab.name!r} is up. Next:")
+    for words in (f"status{name}", f"ping{name}", f"exec{name} {source} -- ping -c 3 {target}", f"down{name}"):
+        print(f"  {command_line()} lab {words}")
+    return 0
+
+
+def _report(lab: Lab) -> list[dict[str, Any]]:
+    """One object for each host: `peers` are the others that etcd knows, `programmed` those that its kernel reaches."""
+    leases = lab.leases()
+    by_ip = {format_address(lease.attrs.public_ip): lease for lease in leases}
+    report = []
+    for host in lab.hosts:
+        lease = by_ip.get(host.underlay_ip)
+        peers = host.peers(leases)
+        report.append(
+            {
+                "host": host.name,
+                "underlay_ip": host.underlay_ip,
+                "subnet": str(lease.subnet) if lease else None,
+                "vtep_mac": format_mac(lease.attrs.vtep.mac) if lease and lease.attrs.vtep else None,
+                "agent_pid": host.agent_pid,
+                "ready": host.agent_pid is not None and bool(host.subnet_env),
+                "programmed": sum(peer.programmed for peer in peers),
+                "peers": len(peers),
+                "pods": {pod.name: pod.address for pod in host.pods} if host.subnet_env else {},
+                "log": str(lab.log_path(host.name)),
+            }
+        )
+    return report
+
+
+def _status(args: argparse.Namespace, connect: Connect) -> int:
+    lab = Lab.existing(args.name, connect)
+    with contextlib.closing(lab):
+        if lab.etcd_pid is None:
+            raise LabError(f"etcd of lab {lab.name!r} does not run; its log is {lab.log_path('etcd')}.")
+        report = _report(lab)
+    if args.json:
+        print(json.dumps(report))
+        return 0
+    rows = [
+        (
+            each["host"],
+            each["underlay_ip"],
+            each["subnet"] or "-",
+            each["vtep_mac"] or "-",
+            str(each["agent_pid"] or "not running"),
+            "yes" if each["ready"] else "no",
+            f"{each['programmed']} of {each['peers']}",
+        )
+        for each in report
+    ]
+    print(table(("HOST", "UNDERLAY IP", "SUBNET", "VTEP MAC", "AGENT", "READY", "PEERS"), rows))
+    return 0
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns as wide as they need to be, without trailing blanks."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in (head, *rows))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _ping(args: argparse.Namespace, connect: Connect) -> int:
+    lab = Lab.existing(args.name, connect)
+    if len(lab.pods) < 2:
+        raise LabError(f"lab {lab.name!r} has fewer than two pods; bring it up with more: --hosts N --pods N")
+    pings = lab.ping_all()
+    print(json.dumps([ping._asdict() for ping in pings]) if args.json else ping_report(pings))
+    return 0 if all(ping.ok for ping in pings) else 1
+
+
+def ping_report(pings: Sequence[Ping]) -> str:
+    """A matrix of round trip times in ms, where it fits, and the losses."""
+    names = list(dict.fromkeys(ping.src for ping in pings))
+    lines = []
+    if len(names) <= 12:
+        cells = {(ping.src, ping.dst): f"{ping.rtt_ms:.2f}" if ping.rtt_ms is not None else "lost" for ping in pings}
+        rows = [(src, *(cells.get((src, dst), "-") for dst in names)) for src in names]
+        lines += [table(("ms", *names), rows), ""]
+    lost = [f"{ping.src} to {ping.dst}" for ping in pings if not ping.ok]
+    lines.append(f"{len(pings) - len(lost)} of {len(pings)} pings answered.")
+    lines += [f"lost: {pair}" for pair in lost[:20]]
+    if len(lost) > 20:
+        lines.append(f"and {len(lost) - 20} more")
+    return "\n".join(lines)
+
+
+def _exec(args: argparse.Namespace, connect: Connect) -> int:
+    place = Lab.existing(args.name, connect)[args.place]
+    argv = args.argv[1:] if args.argv[:1] == ["--"] else args.argv
+    if not argv:
+        raise LabError(f"nothing to run; as in: {command_line()} lab exec {args.place} -- ip route")
+    if shutil.which(argv[0]) is None:
+        raise LabError(f"{argv[0]!r} is no command on this machine.")
+    # Python ignores it; what runs here expects the default.
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    os.execvp("ip", place.inside(*argv))
+
+
+def _down(args: argparse.Namespace, connect: Connect) -> int:
+    existed = Lab(args.name, connect=connect).down()
+    if args.json:
+        print(json.dumps({"lab": args.name, "existed": existed}))
+    else:
+        print(f"Lab {args.name!r} is down." if existed else f"There was no lab {args.name!r}.")
+    return 0
+
+
+def _list(args: argparse.Namespace, connect: Connect) -> int:
+    found = []
+    for name in labs():
+        saved = saved_state(STATE_ROOT / name)
+        processes = saved["processes"] if saved else {}
+        running = sum(Process(*each).alive for key, each in processes.items() if key != "etcd")
+        found.append({"lab": name, "hosts": saved["hosts"] if saved else None, "agents_running": running})
+    if args.json:
+        print(json.dumps(found))
+    elif found:
+        rows = [(str(each["lab"]), str(each["hosts"] or "?"), str(each["agents_running"])) for each in found]
+        print(table(("LAB", "HOSTS", "AGENTS RUNNING"), rows))
+    else:
+        print(f"No labs. Bring one up with: {command_line()} lab up")
+    return 0
+
+
+def _demo(args: argparse.Namespace, connect: Connect) -> int:
+    from overlay import demo  # Late: the demo stands on this module.
+
+    return demo.run(connect)

@@ -1,0 +1,572 @@
+"""The lease store in etcd (v3 API), and the only place that knows etcd3 and grpc.
+
+Of etcd3 only the protobuf messages and stubs are used, on channels of our own. One endpoint is in use at a time; after
+a failure the next one is. So the certificate of each member is verified against the name of that very member, and a
+member that answers but has lost its leader is left too. Reads and other repeatable calls go on to the next endpoint by
+themselves; a transaction is sent once, for its outcome is unknown after a failure.
+
+Channel options, each for a reason:
+- keepalive every 10 s (etcd punishes less than 5 s with too_many_pings), answered within 5 s, calls or not: a host that
+  vanished or a process that stopped is noticed within 20 s; `http2.ping_timeout_ms` is what makes the core act on it;
+- 64 MiB answers; no HTTP proxy from the environment between a host and its etcd;
+- a subchannel pool of its own: two stores in one process do not share fate;
+- connection attempts last up to 5 s, and are repeated after 0.25 to 5 s.
+
+Errors are told apart by status code, never by text; the text of grpc goes to the debug log only.
+"""
+
+import contextlib
+import os
+import queue
+import ssl
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import grpc
+import structlog
+from etcd3 import etcdrpc as rpc
+from etcd3.etcdrpc import kv_pb2
+
+from subnet_lease.store import (
+    Changes,
+    Deleted,
+    Record,
+    Snapshot,
+    StoreConfigInvalid,
+    StoreDenied,
+    StoreError,
+    StoreUnavailable,
+    WatchInterrupted,
+)
+
+PAGE = 1000
+"""Keys per read: some 200 kB, where 18,700 leases in one answer would break grpc's default of 4 MiB."""
+
+CHANNEL_OPTIONS = (
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.http2.ping_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.max_receive_message_length", 64 * 1024 * 1024),
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.use_local_subchannel_pool", 1),
+    ("grpc.initial_reconnect_backoff_ms", 250),
+    ("grpc.min_reconnect_backoff_ms", 5_000),  # the time one attempt may take, despite its name
+    ("grpc.max_reconnect_backoff_ms", 5_000),
+)
+
+log = structlog.get_logger()
+
+
+class EtcdStore:
+    """`subnet_lease.store.Store` over the keys `<prefix>/config` and `<prefix>/subnets/*`, for use from any thread."""
+
+    def __init__(
+        self,
+        endpoints: Sequence[str],
+        prefix: str,
+        *,
+        cafile: str | None = None,
+        certfile: str | None = None,
+        keyfile: str | None = None,
+        username: str | None = None,
+        password: str | None = None,
+        timeout: float = 5.0,
+    ) -> None:
+        """Connects on first use. `timeout` is each call's deadline in seconds; StoreConfigInvalid names a wrong option.
+
+        `endpoints`: `http://host:port`, `https://host:port`, `host:port` (plaintext) or `unix:///path`.
+        """
+        self._endpoints = _endpoints(endpoints)
+        self._files = _TlsFiles(cafile, certfile, keyfile)
+        secure = self._endpoints[0].startswith("https:")
+        if any(endpoint.startswith("https:") != secure for endpoint in self._endpoints):
+            raise StoreConfigInvalid("endpoints", "either all or none must be https")
+        if secure:
+            self._files.check()
+        elif option := self._files.first_given():
+            raise StoreConfigInvalid(option, f"given, but {self._endpoints[0]} is not https")
+        if password is not None and username is None:
+            raise StoreConfigInvalid("username", "missing, though a password is given")
+        if username is not None and password is None:
+            raise StoreConfigInvalid("password", "missing, though a user name is given")
+        if not prefix.strip("/"):
+            raise StoreConfigInvalid("prefix", "must not be empty")
+        self._secure = secure
+        self._config_key = f"{prefix.rstrip('/')}/config".encode()
+        self._subnets = f"{prefix.rstrip('/')}/subnets/".encode()
+        self._subnets_end = self._subnets[:-1] + b"0"  # "0" follows "/"
+        self._username, self._password = username, password
+        self._token: str | None = None
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        self._turn = 0
+        self._connection: _Connection | None = None
+        self._closed = False
+
+    # --- the Store protocol ---
+
+    def read_config(self) -> bytes | None:
+        answer = self._call(lambda c: c.kv.Range, rpc.RangeRequest(key=self._config_key), self._config_key)
+        return answer.kvs[0].value if answer.kvs else None
+
+    def write_config(self, value: bytes) -> None:
+        request = rpc.PutRequest(key=self._config_key, value=value)
+        self._call(lambda c: c.kv.Put, request, self._config_key)
+
+    def snapshot(self) -> Snapshot:
+        key, revision = self._subnets, 0
+        records: list[Record] = []
+        while True:
+            request = rpc.RangeRequest(key=key, range_end=self._subnets_end, limit=PAGE, revision=revision)
+            answer = self._call(lambda c: c.kv.Range, request, self._subnets)
+            revision = revision or answer.header.revision
+            records += map(self._record, answer.kvs)
+            if not answer.more:
+                return Snapshot(tuple(records), revision, answer.header.cluster_id)
+            key = answer.kvs[-1].key + b"\0"
+
+    def watch(self, revision: int, cluster_id: int = 0) -> "EtcdWatch":
+        return EtcdWatch(self, revision, cluster_id)
+
+    def grant(self, ttl: int) -> int:
+        answer = self._call(lambda c: c.lease.LeaseGrant, rpc.LeaseGrantRequest(TTL=ttl), b"")
+        return int(answer.ID)
+
+    def keep_alive(self, etcd_lease: int) -> int:
+        request = rpc.LeaseKeepAliveRequest(ID=etcd_lease)
+        answer = self._call(lambda c: _one_answer(c.lease.LeaseKeepAlive), request, b"")
+        return max(int(answer.TTL), 0)
+
+    def time_left(self, etcd_lease: int) -> int:
+        request = rpc.LeaseTimeToLiveRequest(ID=etcd_lease)
+        return max(int(self._call(lambda c: c.lease.LeaseTimeToLive, request, b"").TTL), 0)
+
+    def revoke(self, etcd_lease: int) -> None:
+        with contextlib.suppress(_LeaseGone):
+            self._call(lambda c: c.lease.LeaseRevoke, rpc.LeaseRevokeRequest(ID=etcd_lease), self._subnets)
+
+    def create(self, key: str, value: bytes, etcd_lease: int) -> int:
+        return self._put_if_changed_at(key, value, etcd_lease, 0)
+
+    def replace(self, key: str, value: bytes, etcd_lease: int, mod_revision: int) -> int:
+        return self._put_if_changed_at(key, value, etcd_lease, mod_revision)
+
+    def delete(self, key: str, mod_revision: int) -> bool:
+        full = self._full(key)
+        return bool(self._transact(full, mod_revision, delete=rpc.DeleteRangeRequest(key=full)))
+
+    def close(self) -> None:
+        with self._lock:
+            self._closed = True
+            connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.channel.close()
+
+    # --- calls ---
+
+    def _full(self, key: str) -> bytes:
+        return self._subnets + key.encode("utf-8", "surrogateescape")
+
+    def _record(self, kv: Any) -> Record:
+        return Record(self._short(kv), kv.value, kv.lease, kv.create_revision, kv.mod_revision)
+
+    def _short(self, kv: Any) -> str:
+        return str(kv.key[len(self._subnets) :], "utf-8", "surrogateescape")
+
+    def _head(self) -> int:
+        """The cluster's current revision, from its leader."""
+        return int(self._call(lambda c: c.kv.Range, rpc.RangeRequest(key=self._subnets), self._subnets).header.revision)
+
+    def _put_if_changed_at(self, key: str, value: bytes, etcd_lease: int, mod_revision: int) -> int:
+        full = self._full(key)
+        return self._transact(full, mod_revision, put=rpc.PutRequest(key=full, value=value, lease=etcd_lease))
+
+    def _transact(self, key: bytes, mod_revision: int, *, put: Any = None, delete: Any = None) -> int:
+        """Do it if `key` was last changed at `mod_revision` (0: does not exist); the revision it made, else 0."""
+        compare = rpc.Compare(key=key, target=rpc.Compare.MOD, result=rpc.Compare.EQUAL, mod_revision=mod_revision)
+        operation = rpc.RequestOp(request_put=put, request_delete_range=delete)
+        request = rpc.TxnRequest(compare=[compare], success=[operation])
+        answer = self._call(lambda c: c.kv.Txn, request, key, repeat=False)
+        return int(answer.header.revision) if answer.succeeded else 0
+
+    def _call(self, method: Callable[["_Connection"], Any], request: Any, key: bytes, *, repeat: bool = True) -> Any:
+        """The answer to one request about `key`; where it may be repeated, from the first endpoint that gives one."""
+        for _ in self._endpoints[1:] if repeat else ():
+            with contextlib.suppress(StoreUnavailable):
+                return self._call_once(method, request, key)
+        return self._call_once(method, request, key)
+
+    def _call_once(self, method: Callable[["_Connection"], Any], request: Any, key: bytes) -> Any:
+        connection = self._connect()
+        try:
+            return self._with_token(
+                connection,
+                lambda metadata: self._send(connection, method(connection), request, key, metadata),
+            )
+        except _LeaseGone:
+            raise
+        except StoreUnavailable:
+            self._leave(connection)
+            raise
+
+    def _send(self, connection: "_Connection", method: Any, request: Any, key: bytes, metadata: Any) -> Any:
+        try:
+            return method(request, timeout=self._timeout, metadata=metadata)
+        except grpc.RpcError as error:
+            raise self._translated(error, connection, key) from None
+        except ValueError:
+            # What grpc raises on a channel that another thread has just closed.
+            raise StoreUnavailable(f"the connection to {connection.endpoint} was given up") from None
+
+    def _with_token(self, connection: "_Connection", attempt: Callable[[list[tuple[str, str]]], Any]) -> Any:
+        """Run `attempt` with the metadata of the logged-in user; log in anew once if it is denied: tokens expire."""
+        if self._username is None:
+            return attempt([])
+        token = self._token
+        if token is not None:
+            with contextlib.suppress(_NotLoggedIn):
+                return attempt(_token_metadata(token))
+        return attempt(_token_metadata(self._log_in(connection)))
+
+    def _log_in(self, connection: "_Connection") -> str:
+        """A new token; empty where etcd has authentication switched off."""
+        request = rpc.AuthenticateRequest(name=self._username, password=self._password)
+        try:
+            token = str(connection.auth.Authenticate(request, timeout=self._timeout).token)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                token = ""
+            elif error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+                raise StoreDenied("etcd refused the user name or password") from None
+            else:
+                raise self._translated(error, connection, b"") from None
+        except ValueError:
+            raise StoreUnavailable(f"the connection to {connection.endpoint} was given up") from None
+        self._token = token
+        return token
+
+    def _translated(self, error: grpc.RpcError, connection: "_Connection", key: bytes) -> StoreError:
+        """The error for an operator. The only place where grpc's status codes get their meaning."""
+        code, endpoint = error.code(), connection.endpoint
+        log.debug("etcd_call_failed", endpoint=endpoint, code=code.name, details=error.details())
+        match code:
+            case grpc.StatusCode.UNAVAILABLE if self._secure:
+                return StoreUnavailable(
+                    f"no connection to {endpoint}, no leader in its cluster, or certificates that do not match"
+                )
+            case grpc.StatusCode.UNAVAILABLE:
+                return StoreUnavailable(f"no connection to {endpoint}, or no leader in its cluster")
+            case grpc.StatusCode.DEADLINE_EXCEEDED:
+                return StoreUnavailable(f"no answer from {endpoint} within {self._timeout:g} s")
+            case grpc.StatusCode.PERMISSION_DENIED:
+                subject = f" on {key.decode('utf-8', 'backslashreplace')}" if key else ""
+                return StoreDenied(f"etcd denied permission{subject}")
+            case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.INVALID_ARGUMENT if self._username is None:
+                return StoreDenied("etcd refused the request; it may want a user name and password")
+            case grpc.StatusCode.UNAUTHENTICATED | grpc.StatusCode.INVALID_ARGUMENT:
+                # etcd answers INVALID_ARGUMENT to a request without a token, and to a token older than its user table.
+                return _NotLoggedIn("etcd refused the request and the login it was made with")
+            case grpc.StatusCode.RESOURCE_EXHAUSTED:
+                return StoreUnavailable(f"etcd at {endpoint} is overloaded or its database is full")
+            case grpc.StatusCode.OUT_OF_RANGE:
+                return StoreUnavailable(f"etcd at {endpoint} compacted the revision that was being read")
+            case grpc.StatusCode.NOT_FOUND:
+                return _LeaseGone("the etcd lease has ended meanwhile")
+            case grpc.StatusCode.CANCELLED:
+                return StoreUnavailable(f"the connection to {endpoint} was given up")
+            case _:
+                return StoreUnavailable(f"etcd at {endpoint} answered with status {code.name}")
+
+    # --- connections ---
+
+    def _connect(self) -> "_Connection":
+        with self._lock:
+            if self._closed:
+                raise StoreUnavailable("the store is closed")
+            if self._connection is None:
+                endpoint = self._endpoints[self._turn % len(self._endpoints)]
+                self._connection = _Connection.open(endpoint, self._files if self._secure else None)
+            return self._connection
+
+    def _leave(self, failed: "_Connection") -> None:
+        """After a failure: go to the next endpoint, or read TLS files again that have changed.
+
+        A lone endpoint with unchanged files keeps its channel, which reconnects by itself.
+        """
+        with self._lock:
+            if self._connection is not failed:
+                return
+            if len(self._endpoints) == 1 and (not self._secure or failed.stamps == self._files.stamps()):
+                return
+            self._turn += 1
+            self._connection = None
+        failed.channel.close()
+
+
+class EtcdWatch:
+    """`subnet_lease.store.Watch` on a stream of its own. To be iterated once."""
+
+    def __init__(self, store: EtcdStore, revision: int, cluster_id: int) -> None:
+        self._store = store
+        self._revision = revision
+        self._cluster_id = cluster_id
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._late = threading.Event()
+        self._stream: Any = None
+        self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def cancel(self) -> None:
+        with self._lock:
+            self._cancelled = True
+            stream = self._stream
+        if stream is not None:
+            stream.cancel()
+
+    def __iter__(self) -> Iterator[Changes]:
+        store = self._store
+        connection = store._connect()
+        try:
+            yield store._with_token(connection, lambda metadata: self._begin(connection, metadata))
+            for response in self._stream:
+                yield self._changes(response)
+            if not self._ended_by_us():
+                raise WatchInterrupted(f"etcd at {connection.endpoint} ended the watch", resumable=True)
+        except grpc.RpcError as error:
+            if not self._ended_by_us():
+                store._leave(connection)
+                raise WatchInterrupted(
+                    str(store._translated(error, connection, store._subnets)), resumable=True
+                ) from None
+        except StoreUnavailable:
+            if not self._ended_by_us():
+                store._leave(connection)
+                raise
+        finally:
+            self._end()
+
+    def _begin(self, connection: "_Connection", metadata: list[tuple[str, str]]) -> Changes:
+        """Open the stream and wait until etcd says that the watch stands: a refused watch may just stay silent."""
+        store = self._store
+        self._end()
+        self._requests.put(self._request())
+        late = threading.Timer(store._timeout, self._give_up)
+        try:
+            stream = connection.watch.Watch(iter(self._requests.get, None), metadata=[("hasleader", "true"), *metadata])
+            with self._lock:
+                self._stream = stream
+                if self._cancelled:
+                    stream.cancel()
+            late.start()
+            response = next(stream, None)
+        except grpc.RpcError as error:
+            if self._late.is_set():
+                raise StoreUnavailable(
+                    f"no answer from {connection.endpoint} to the watch within {store._timeout:g} s"
+                ) from None
+            raise store._translated(error, connection, store._subnets) from None
+        except ValueError:
+            raise StoreUnavailable(f"the connection to {connection.endpoint} was given up") from None
+        finally:
+            late.cancel()
+        if response is None:
+            raise StoreUnavailable(f"etcd at {connection.endpoint} ended the watch at once")
+        if response.watch_id == -1 or (response.created and response.canceled and not response.compact_revision):
+            raise _NotLoggedIn(f"etcd denied permission to watch {store._subnets.decode()}")
+        changes = self._changes(response)
+        if changes.revision < self._revision - 1 and store._head() < self._revision - 1:
+            # A follower may lag behind the snapshot; only the cluster itself says that it has gone back.
+            raise WatchInterrupted(f"etcd went back to revision {changes.revision}; restored from a backup?")
+        return changes
+
+    def _request(self) -> Any:
+        create = rpc.WatchCreateRequest(
+            key=self._store._subnets,
+            range_end=self._store._subnets_end,
+            start_revision=self._revision,
+            progress_notify=True,
+        )
+        return rpc.WatchRequest(create_request=create)
+
+    def _changes(self, response: Any) -> Changes:
+        if self._cluster_id and response.header.cluster_id != self._cluster_id:
+            raise WatchInterrupted("another etcd cluster answers")
+        if response.compact_revision:
+            raise WatchInterrupted(f"etcd no longer keeps the changes before revision {response.compact_revision}")
+        if response.canceled:
+            raise WatchInterrupted("etcd cancelled the watch")
+        store = self._store
+        events = tuple(
+            Deleted(store._short(event.kv), event.kv.mod_revision)
+            if event.type == kv_pb2.Event.DELETE
+            else store._record(event.kv)
+            for event in response.events
+        )
+        # While the watch catches up, the header runs ahead of the events.
+        return Changes(events, events[-1].mod_revision if events else response.header.revision)
+
+    def _ended_by_us(self) -> bool:
+        return self._cancelled or self._store._closed
+
+    def _give_up(self) -> None:
+        self._late.set()
+        with self._lock:
+            stream = self._stream
+        if stream is not None:
+            stream.cancel()
+
+    def _end(self) -> None:
+        """End the stream, and with it the thread in which grpc waits for more requests."""
+        with self._lock:
+            stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.cancel()
+            self._requests.put(None)
+            self._requests = queue.SimpleQueue()
+
+
+class _LeaseGone(StoreUnavailable):
+    """The etcd lease named in a request does not exist."""
+
+
+class _NotLoggedIn(StoreDenied):
+    """Denied in a way that a new login may mend."""
+
+
+def _token_metadata(token: str) -> list[tuple[str, str]]:
+    return [("token", token)] if token else []
+
+
+def _one_answer(method: Any) -> Any:
+    """A stream call as a plain one: one request, one answer."""
+
+    def call(request: Any, **options: Any) -> Any:
+        stream = method(iter((request,)), **options)
+        answer = next(stream, None)
+        stream.cancel()
+        if answer is None:
+            raise StoreUnavailable("etcd ended the call without an answer")
+        return answer
+
+    return call
+
+
+@dataclass(frozen=True, slots=True)
+class _Connection:
+    """A channel to one endpoint, its stubs, and the state of the TLS files it was opened with."""
+
+    endpoint: str
+    channel: grpc.Channel
+    stamps: tuple[object, ...]
+    kv: Any
+    lease: Any
+    watch: Any
+    auth: Any
+
+    @classmethod
+    def open(cls, endpoint: str, files: "_TlsFiles | None") -> "_Connection":
+        """Makes no connection yet; StoreUnavailable while TLS files are missing or do not fit together."""
+        # dns: resolves host names each time it connects and takes plain addresses as they are.
+        target = endpoint if endpoint.startswith("unix:") else f"dns:///{urlsplit(endpoint).netloc}"
+        if files is None:
+            stamps: tuple[object, ...] = ()
+            channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
+        else:
+            stamps = files.stamps()
+            channel = grpc.secure_channel(target, files.credentials(), options=CHANNEL_OPTIONS)
+        stubs = rpc.KVStub(channel), rpc.LeaseStub(channel), rpc.WatchStub(channel), rpc.AuthStub(channel)
+        return cls(endpoint, channel, stamps, *stubs)
+
+
+@dataclass(frozen=True, slots=True)
+class _TlsFiles:
+    """PEM files: the CA that etcd's certificate is verified with; optionally our own certificate and its key."""
+
+    cafile: str | None
+    certfile: str | None
+    keyfile: str | None
+
+    def _given(self) -> list[tuple[str, str]]:
+        named = (("cafile", self.cafile), ("certfile", self.certfile), ("keyfile", self.keyfile))
+        return [(option, path) for option, path in named if path is not None]
+
+    def first_given(self) -> str | None:
+        return next((option for option, _ in self._given()), None)
+
+    def check(self) -> None:
+        """StoreConfigInvalid names the file that cannot be used."""
+        if self.cafile is None:
+            raise StoreConfigInvalid("cafile", "missing; https endpoints need the CA that signed etcd's certificate")
+        if self.certfile is None and self.keyfile is not None:
+            raise StoreConfigInvalid("certfile", "missing, though a key is given")
+        if self.keyfile is None and self.certfile is not None:
+            raise StoreConfigInvalid("keyfile", "missing, though a certificate is given")
+        for option, path in self._given():
+            try:
+                Path(path).read_bytes()
+            except OSError as error:
+                raise StoreConfigInvalid(option, f"cannot read {path}: {os.strerror(error.errno or 0)}") from None
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        try:
+            context.load_verify_locations(self.cafile)
+        except (OSError, ValueError):
+            raise StoreConfigInvalid("cafile", f"{self.cafile} holds no certificate") from None
+        if self.certfile is not None:
+            try:
+                # The empty password keeps OpenSSL from asking for one on the terminal.
+                context.load_cert_chain(self.certfile, self.keyfile, password=b"")
+            except (OSError, ValueError):
+                reason = f"{self.certfile} and {self.keyfile} are not a certificate and its unencrypted key"
+                raise StoreConfigInvalid("certfile", reason) from None
+
+    def stamps(self) -> tuple[object, ...]:
+        """Changes when a file is replaced or rewritten."""
+        stamps: list[object] = []
+        for _, path in self._given():
+            try:
+                found = Path(path).stat()
+                stamps.append((found.st_ino, found.st_size, found.st_mtime_ns))
+            except OSError:
+                stamps.append(None)
+        return tuple(stamps)
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        """Read the files; StoreUnavailable while they are being changed."""
+        try:
+            self.check()
+            contents = {option: Path(path).read_bytes() for option, path in self._given()}
+        except StoreConfigInvalid as error:
+            raise StoreUnavailable(str(error)) from None
+        except OSError:
+            raise StoreUnavailable("the TLS files are being changed") from None
+        return grpc.ssl_channel_credentials(
+            contents["cafile"], private_key=contents.get("keyfile"), certificate_chain=contents.get("certfile")
+        )
+
+
+def _endpoints(given: Sequence[str]) -> tuple[str, ...]:
+    """Endpoints in full form: `http://host:port`, `https://host:port` or `unix:///path`."""
+    if not given:
+        raise StoreConfigInvalid("endpoints", "none given")
+    return tuple(map(_endpoint, given))
+
+
+def _endpoint(text: str) -> str:
+    full = text if "://" in text else f"http://{text}"
+    try:
+        url = urlsplit(full)
+        port = url.port
+    except ValueError:
+        raise StoreConfigInvalid("endpoints", f"{text!r} is not a URL") from None
+    if "@" in url.netloc:
+        raise StoreConfigInvalid("endpoints", "user name and password do not belong into a URL")
+    if url.scheme == "unix" and not url.netloc and url.path.startswith("/"):
+        return f"unix://{url.path}"
+    if url.scheme not in ("http", "https") or not url.hostname or port is None or url.path.strip("/"):
+        raise StoreConfigInvalid("endpoints", f"{text!r} is not of the form http://host:port or https://host:port")
+    return f"{url.scheme}://{url.netloc}"

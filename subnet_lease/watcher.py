@@ -1,0 +1,136 @@
+"""Keeps a consumer supplied with what the store holds: a snapshot, the changes after it, a snapshot again on any doubt.
+
+Relies on the watch to end rather than to lose a change (etcd's guarantee), and on nothing else: while the connection
+merely breaks and returns, the watch goes on after the last event, so that a restarted etcd is not asked by every host
+for everything at once. After compaction, in another cluster, or in one that went back to a backup, a snapshot is taken;
+what was deleted meanwhile shows only in its difference. A cluster that was restored and has since grown beyond the
+revision seen here cannot be told from a sound one: for that, a snapshot is taken every few hours too.
+"""
+
+import random
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import structlog
+
+from subnet_lease.retry import Backoff, Outage
+from subnet_lease.store import Changes, Snapshot, Store, StoreDenied, StoreError, Watch, WatchInterrupted
+
+RELIST_S = 4 * 3600.0
+
+
+class Watcher:
+    """A thread's body: `run` delivers until `stop`. `deliver` gets a Snapshot first, then Changes that are never empty.
+
+    `clock` gives seconds on a steady clock, `jitter` a number from 0 up to 1. What `deliver` raises ends `run`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        deliver: Callable[[Snapshot | Changes], None],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        jitter: Callable[[], float] = random.random,
+        relist_s: float = RELIST_S,
+        log: Any = None,
+    ) -> None:
+        self._store = store
+        self._deliver = deliver
+        self._clock = clock
+        self._jitter = jitter
+        self._relist_s = relist_s
+        self._log = log or structlog.get_logger()
+        self._backoff = Backoff(jitter)
+        self._outage = Outage()
+        self._stopped = threading.Event()
+        self._doubt = threading.Event()
+        self._watch: Watch | None = None
+        self._resume = 0
+        self._cluster_id = 0
+        self._relist_at = 0.0
+        self._connected = False
+        self._last_contact: float | None = None
+
+    @property
+    def connected(self) -> bool:
+        """Whether a watch stands now. The transport vouches for it: a store that falls silent ends it within 20 s."""
+        return self._connected
+
+    @property
+    def last_contact(self) -> float | None:
+        """When the store last said anything, on `clock`; None before the first time. A quiet watch says little."""
+        return self._last_contact
+
+    def run(self) -> None:
+        """Supply the consumer until `stop`."""
+        while not self._stopped.is_set():
+            try:
+                self._supply()
+            except StoreError as error:
+                self._connected = False
+                if isinstance(error, WatchInterrupted) and not error.resumable:
+                    self._resume = 0
+                self._report(error)
+                self._stopped.wait(self._backoff.delay())
+        self._connected = False
+
+    def stop(self) -> None:
+        """End `run`, from any thread; at once while it watches or waits, within a call's deadline otherwise."""
+        self._stopped.set()
+        watch = self._watch
+        if watch is not None:
+            watch.cancel()
+
+    def relist(self) -> None:
+        """Have `run` deliver a snapshot at once: the consumer has lost its place. From any thread."""
+        self._doubt.set()
+        watch = self._watch
+        if watch is not None:
+            watch.cancel()
+
+    def _supply(self) -> None:
+        """Deliver until stopped, or until it is time for another snapshot."""
+        if self._doubt.is_set():
+            self._doubt.clear()
+            self._resume = 0
+        if not self._resume:
+            snapshot = self._store.snapshot()
+            self._heard()
+            self._cluster_id = snapshot.cluster_id
+            self._relist_at = self._clock() + self._relist_s * (0.5 + self._jitter())
+            self._deliver(snapshot)
+            self._resume = snapshot.revision + 1
+        self._watch = watch = self._store.watch(self._resume, self._cluster_id)
+        try:
+            if not self._stopped.is_set() and not self._doubt.is_set():
+                self._follow(watch)
+        finally:
+            watch.cancel()
+
+    def _follow(self, watch: Watch) -> None:
+        for changes in watch:
+            self._heard()
+            self._connected = True
+            self._backoff.reset()
+            if changes.events:
+                self._deliver(changes)
+                self._resume = changes.revision + 1
+            if self._clock() >= self._relist_at:
+                self._resume = 0
+                return
+
+    def _heard(self) -> None:
+        self._last_contact = now = self._clock()
+        away = self._outage.ended(now)
+        if away is not None:
+            self._log.info("store_reachable", away_s=round(away, 1))
+
+    def _report(self, error: StoreError) -> None:
+        if isinstance(error, WatchInterrupted) and not error.resumable:
+            self._log.warning("watch_interrupted", reason=str(error))
+        elif self._outage.failed(self._clock()):
+            event = "store_denied" if isinstance(error, StoreDenied) else "store_unreachable"
+            self._log.warning(event, reason=str(error))

@@ -1,0 +1,115 @@
+"""What all tests share: labs that are always taken down, markers by directory, and no silent skips."""
+
+import contextlib
+import itertools
+import os
+from collections.abc import Callable, Generator, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+from overlay.cluster import Lab, labs, orphans
+from overlay.lab import require_root_and_programs
+from overlay.netns import NamespaceError
+from subnet_lease.etcd import EtcdStore
+from subnet_lease.store import Store
+
+_MARKS = {"netns": "netns", "packet": "packet", "faults": "fault", "bench": "bench"}
+"""Directory below tests/ -> the marker of all tests in it."""
+
+_OWN_LABS = f"t{os.getpid()}x"
+_numbers = itertools.count()
+
+MakeLab = Callable[..., Lab]
+
+
+def connect(endpoint: str) -> Store:
+    """The lease store of a lab's etcd, as `Lab.connect` wants it."""
+    return EtcdStore([endpoint], "/coreos.com/network")
+
+
+@contextlib.contextmanager
+def _lab_factory() -> Iterator[MakeLab]:
+    with contextlib.ExitStack() as stack:
+
+        def make(**options: object) -> Lab:
+            lab = Lab(f"{_OWN_LABS}{next(_numbers)}", tied=True, **{"connect": connect, **options})
+            stack.callback(lab.down)
+            return lab
+
+        yield make
+
+
+@pytest.fixture
+def make_lab() -> Iterator[MakeLab]:
+    """Makes labs with the options of `overlay.cluster.Lab`, not yet up; they are down after the test."""
+    with _lab_factory() as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def make_module_lab() -> Iterator[MakeLab]:
+    """As `make_lab`; the labs last as long as the module's tests."""
+    with _lab_factory() as make:
+        yield make
+
+
+@pytest.fixture(scope="module")
+def shared_lab(make_module_lab: MakeLab) -> Lab:
+    """Three hosts with two pods each, up and converged, for tests that leave it as they found it."""
+    lab = make_module_lab()
+    lab.up()
+    return lab
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_left_behind() -> Iterator[None]:
+    yield
+    left = [name for name in labs() if name.startswith(_OWN_LABS)]
+    assert not left, f"labs of this test run remain: {left}"
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    # A run that was killed could not clean up.
+    if os.geteuid() == 0 and not hasattr(session.config, "workerinput"):
+        for name in orphans():
+            # Another run may be sweeping at the same moment.
+            with contextlib.suppress(NamespaceError):
+                Lab(name, connect=connect).down()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    root = Path(__file__).parent
+    for item in items:
+        if mark := _MARKS.get(item.path.relative_to(root).parts[0]):
+            item.add_marker(mark)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if any(item.get_closest_marker(mark) for mark in _MARKS.values()):
+        try:
+            require_root_and_programs()
+        except NamespaceError as error:
+            raise pytest.fail.Exception(str(error), pytrace=False) from None
+
+
+Report = TypeVar("Report", pytest.TestReport, pytest.CollectReport)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    return _unskipped((yield))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    return _unskipped((yield))
+
+
+def _unskipped(report: Report) -> Report:
+    # What cannot run here has not passed.
+    if report.outcome == "skipped" and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped tests count as failed: {report.longrepr}"
+    return report
