@@ -5,8 +5,10 @@ needs them: most of the time a start takes is imports.
 """
 
 import argparse
+import gc
 import os
 import random
+import select
 import signal
 import sys
 import threading
@@ -233,6 +235,8 @@ def run(options: Options) -> int:
     from overlay import logs, preflight
     from overlay.notify import Notifier
 
+    # What a start makes stays for good: until it is complete there is no garbage to be found. See `_announcement`.
+    gc.disable()
     logs.configure(options.log_level, options.log_format, os.environ)
     problems = preflight.problems(options.subnet_file, nft=options.ip_masq)
     if problems:
@@ -321,7 +325,7 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", stack: Exit
         on_ready=_announcement(options, config, notifier, log),
         clock=time.monotonic,
     )
-    watcher = Watcher(store, deliver)
+    watcher = Watcher(store, deliver, first=keeper.take_snapshot())
     loops = _Loops(log)
     stack.callback(loops.end)
     loops.start("reconciler", reconciler.run, lambda: reconciler.post(Stop()))
@@ -437,6 +441,8 @@ def _announcement(
             return
         log.info("ready", subnet=str(lease.subnet), device=spec.name, mtu=spec.mtu, subnet_file=options.subnet_file)
         notifier.ready(f"{lease.subnet} on {spec.name}")
+        gc.freeze()
+        gc.enable()
 
     return announce
 
@@ -476,7 +482,10 @@ class _Loops:
     def __init__(self, log: Any) -> None:
         self._log = log
         self._threads: list[tuple[threading.Thread, Callable[[], None]]] = []
-        self._failure = threading.Event()
+        self._awaited, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # A signal that another thread receives, or that comes just before a wait, ends no wait on a lock: Python runs
+        # its handlers in the main thread only, and only once that runs. A byte in a pipe is not missed.
+        signal.set_wakeup_fd(self._wake)
         self.failed = ""
 
     def start(self, name: str, body: Callable[[], None], stop: Callable[[], None]) -> None:
@@ -488,21 +497,23 @@ class _Loops:
             except Exception:
                 self._log.exception("loop_failed", loop=name)
                 self.failed = name
-                self._failure.set()
+                os.write(self._wake, b"\0")
 
         thread = threading.Thread(target=guarded, name=name, daemon=True)
         self._threads.append((thread, stop))
         thread.start()
 
     def wait_for_failure(self, seconds: float | None) -> bool:
-        """Whether a loop has failed by now, or does within `seconds`."""
-        return self._failure.wait(seconds)
+        """Whether a loop has failed by now, or does within `seconds`. Raises what the handler of a signal raises."""
+        select.select([self._awaited], [], [], seconds)
+        return bool(self.failed)
 
     def end(self) -> None:
         """Stop all, the last one started first, and wait a little for each."""
         for thread, stop in reversed(self._threads):
             stop()
             thread.join(5)
+        signal.set_wakeup_fd(-1)
 
 
 # --- cleanup -----------------------------------------------------------------------------------------------------

@@ -102,7 +102,8 @@ class NextHop:
 class Route:
     """A route of the main table with metric 0: through a nexthop object, or a `gateway` on the link of `device`.
 
-    `nexthop` 0 and an empty `gateway` stand for absent. `kind` is the kernel's RTN_*.
+    `nexthop` 0 and an empty `gateway` stand for absent; both are where the kernel's route has several gateways, or a
+    source address, metrics or an encapsulation. `kind` is the kernel's RTN_*.
     """
 
     destination: Prefix

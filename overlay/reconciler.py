@@ -120,7 +120,7 @@ class Reconciler:
         key = subnet_key(lease.subnet, lease.subnet6)
         links = tuple(link for link in self._underlay.links if not self._config.block.covers(link))
         self._table = LeaseTable(self._config, Host(key, lease.subnet, lease.attrs.public_ip, vtep.mac, links))
-        self._announced = False
+        self._prepared = self._announced = False
 
     # --- for other threads ---
 
@@ -208,8 +208,9 @@ class Reconciler:
         if self._local.device != self._kernel.device:
             self._local = replace(self._local, device=self._kernel.device)
             self._want({key for key, _ in self._table.peers()})
-        if changes or not self._announced:
+        if changes or not self._prepared:
             self._prepare(self._lease, self._spec)
+            self._prepared = True
         drifts = self._tracker.saw_all(self._kernel.dump(self._local.nexthops))
         self._doubt = False
         return drifts
@@ -227,10 +228,7 @@ class Reconciler:
             facts["drift"] = len(drifts)
             facts["drifted"] = [_drifted(drift) for drift in drifts[:SHOWN]]
         if refusals:
-            facts["refusals"] = [
-                f"{refusal.op.entry}: {errno.errorcode.get(refusal.errno, refusal.errno)}"
-                for refusal in refusals[:SHOWN]
-            ]
+            facts["refusals"] = [_refused(refusal) for refusal in refusals[:SHOWN]]
         news = puts or drops or drifts or len(refusals) != self.state.refused
         if news:
             log = self._log.warning if drifts or refusals else self._log.info

@@ -8,6 +8,7 @@ not programmed at scale (devices, addresses) is not here.
 Byte order is the host's own, as netlink has it; addresses inside attributes are in network order.
 """
 
+import errno
 import struct
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from overlay.model import Entry, Fdb, Gone, Neighbour, NextHop, Route, Sight
 from subnet_lease.model import Prefix
 
 # Message types.
-NLMSG_ERROR, NLMSG_DONE = 2, 3
+NLMSG_NOOP, NLMSG_ERROR, NLMSG_DONE = 1, 2, 3
 NEWLINK, DELLINK = 16, 17
 NEWADDR, DELADDR = 20, 21
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
@@ -36,6 +37,7 @@ RTNH_F_ONLINK = 4
 
 NDA_DST, NDA_LLADDR, NDA_PORT, NDA_VNI, NDA_IFINDEX = 1, 2, 6, 7, 8
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_MULTIPATH, RTA_TABLE, RTA_VIA, RTA_NH_ID = 1, 4, 5, 6, 9, 15, 18, 30
+RTA_PREFSRC, RTA_METRICS, RTA_FLOW, RTA_ENCAP = 7, 8, 11, 22
 NHA_ID, NHA_GROUP, NHA_OIF, NHA_GATEWAY = 1, 2, 5, 6
 
 HEADER = struct.Struct("=IHHII")  # nlmsg_len, nlmsg_type, nlmsg_flags, nlmsg_seq, nlmsg_pid
@@ -46,6 +48,13 @@ _IFINDEX = struct.Struct("=xxxxi")  # of both ifinfomsg and ifaddrmsg
 _ATTR = struct.Struct("=HH")
 _U32 = struct.Struct("=I")
 _ERROR = struct.Struct("=i")
+
+# Whole messages as they are put: header, body, attributes. Packed in one call, for they are made by the ten thousand.
+_PUT_FDB = struct.Struct("=IHHII BBHiHBB HH6s2x HH4s")
+_PUT_NEIGHBOUR = struct.Struct("=IHHII BBHiHBB HH4s HH6s2x")
+_PUT_NEXTHOP = struct.Struct("=IHHII BBBBI HHI HH4s HHI")
+_PUT_ROUTE = struct.Struct("=IHHII BBBBBBBBI HH4s HHI")
+_PUT_PLAIN_ROUTE = struct.Struct("=IHHII BBBBBBBBI HH4s HH4s HHI")
 
 
 class Message(NamedTuple):
@@ -71,7 +80,9 @@ def messages(buffer: bytes) -> Iterator[Message]:
 
 
 def error_of(buffer: bytes, message: Message) -> int:
-    """The errno in an NLMSG_ERROR, 0 for an acknowledgement."""
+    """The errno in an NLMSG_ERROR, 0 for an acknowledgement; EBADMSG if there is none."""
+    if message.end - message.body < _ERROR.size:
+        return errno.EBADMSG
     code: int = _ERROR.unpack_from(buffer, message.body)[0]
     return -code
 
@@ -79,39 +90,57 @@ def error_of(buffer: bytes, message: Message) -> int:
 # --- building ----------------------------------------------------------------------------------------------------
 
 
-def put(entry: Entry, device: int, sequence: int) -> bytes:
-    """A message that makes the kernel's entry equal to `entry`. `device` is our interface's index."""
-    flags = REQUEST | ACK | CREATE | REPLACE
+def put(entry: Entry, device: int, sequence: int, *, ack: bool = True) -> bytes:
+    """A message that makes the kernel's entry equal to `entry`. `device` is our interface's index.
+
+    `ack`: whether success is to be answered; a refusal always is. For IPv4: addresses have 4 bytes, MACs 6.
+    """
+    flags = REQUEST | CREATE | REPLACE | (ACK if ack else 0)
     match entry:
         case Fdb():
-            body = _NDMSG.pack(AF_BRIDGE, 0, 0, device, entry.state, NTF_SELF, 0)
-            body += _attr(NDA_LLADDR, entry.mac) + _attr(NDA_DST, entry.remote)
-            return _message(NEWNEIGH, flags, sequence, body)
-        case Neighbour():
-            body = _NDMSG.pack(AF_INET, 0, 0, device, entry.state, 0, 0)
-            body += _attr(NDA_DST, entry.address) + _attr(NDA_LLADDR, entry.mac)
-            return _message(NEWNEIGH, flags, sequence, body)
-        case NextHop():
-            body = _NHMSG.pack(AF_INET, 0, entry.protocol, 0, RTNH_F_ONLINK)
-            body += _number(NHA_ID, entry.id) + _attr(NHA_GATEWAY, entry.gateway) + _number(NHA_OIF, entry.device)
-            return _message(NEWNEXTHOP, flags, sequence, body)
-        case Route():
-            onlink = 0 if entry.nexthop else RTNH_F_ONLINK
-            body = _RTMSG.pack(
-                AF_INET, entry.destination.length, 0, 0, RT_TABLE_MAIN, entry.protocol, RT_SCOPE_UNIVERSE, entry.kind,
-                onlink,
+            return _PUT_FDB.pack(
+                _PUT_FDB.size, NEWNEIGH, flags, sequence, 0,
+                AF_BRIDGE, 0, 0, device, entry.state, NTF_SELF, 0,
+                10, NDA_LLADDR, entry.mac,
+                8, NDA_DST, entry.remote,
             )  # fmt: skip
-            body += _attr(RTA_DST, entry.destination.base)
-            if entry.nexthop:
-                body += _number(RTA_NH_ID, entry.nexthop)
-            else:
-                body += _attr(RTA_GATEWAY, entry.gateway) + _number(RTA_OIF, entry.device)
-            return _message(NEWROUTE, flags, sequence, body)
+        case Neighbour():
+            return _PUT_NEIGHBOUR.pack(
+                _PUT_NEIGHBOUR.size, NEWNEIGH, flags, sequence, 0,
+                AF_INET, 0, 0, device, entry.state, 0, 0,
+                8, NDA_DST, entry.address,
+                10, NDA_LLADDR, entry.mac,
+            )  # fmt: skip
+        case NextHop():
+            return _PUT_NEXTHOP.pack(
+                _PUT_NEXTHOP.size, NEWNEXTHOP, flags, sequence, 0,
+                AF_INET, 0, entry.protocol, 0, RTNH_F_ONLINK,
+                8, NHA_ID, entry.id,
+                8, NHA_GATEWAY, entry.gateway,
+                8, NHA_OIF, entry.device,
+            )  # fmt: skip
+        case Route() if entry.nexthop:
+            base, length = entry.destination
+            return _PUT_ROUTE.pack(
+                _PUT_ROUTE.size, NEWROUTE, flags, sequence, 0,
+                AF_INET, length, 0, 0, RT_TABLE_MAIN, entry.protocol, RT_SCOPE_UNIVERSE, entry.kind, 0,
+                8, RTA_DST, base,
+                8, RTA_NH_ID, entry.nexthop,
+            )  # fmt: skip
+        case Route():
+            base, length = entry.destination
+            return _PUT_PLAIN_ROUTE.pack(
+                _PUT_PLAIN_ROUTE.size, NEWROUTE, flags, sequence, 0,
+                AF_INET, length, 0, 0, RT_TABLE_MAIN, entry.protocol, RT_SCOPE_UNIVERSE, entry.kind, RTNH_F_ONLINK,
+                8, RTA_DST, base,
+                8, RTA_GATEWAY, entry.gateway,
+                8, RTA_OIF, entry.device,
+            )  # fmt: skip
 
 
-def drop(entry: Entry, device: int, sequence: int) -> bytes:
-    """A message that removes `entry`; the kernel answers ENOENT or ESRCH where it is absent already."""
-    flags = REQUEST | ACK
+def drop(entry: Entry, device: int, sequence: int, *, ack: bool = True) -> bytes:
+    """A message that removes `entry`; the answer is ENOENT or ESRCH where it is absent already. `ack` as in `put`."""
+    flags = REQUEST | (ACK if ack else 0)
     match entry:
         case Fdb():
             # Without NDA_DST the whole entry goes; with a wrong one the kernel reports success and does nothing.
@@ -129,6 +158,14 @@ def drop(entry: Entry, device: int, sequence: int) -> bytes:
                 AF_INET, entry.destination.length, 0, 0, RT_TABLE_MAIN, entry.protocol, RT_SCOPE_NOWHERE, 0, 0
             )
             return _message(DELROUTE, flags, sequence, body + _attr(RTA_DST, entry.destination.base))
+
+
+def end_of_batch(sequence: int) -> bytes:
+    """A message that does nothing but get an acknowledgement: then the kernel is through with all before it.
+
+    Messages of one send are carried out in order, each answered at once if it fails (netlink_rcv_skb).
+    """
+    return _message(NLMSG_NOOP, REQUEST | ACK, sequence, b"")
 
 
 def dump_requests(device: int, nexthops: bool) -> list[bytes]:
@@ -169,7 +206,9 @@ def _number(kind: int, value: int) -> bytes:
 
 
 def device_of(buffer: bytes, message: Message) -> int:
-    """The interface index that a link or address message is about."""
+    """The interface index that a link or address message is about, 0 if it is too short to say."""
+    if message.end - message.body < _IFINDEX.size:
+        return 0
     index: int = _IFINDEX.unpack_from(buffer, message.body)[0]
     return index
 
@@ -195,20 +234,24 @@ def sight(buffer: bytes, message: Message, device: int) -> Sight | None:
 
 
 def _neighbour(buffer: bytes, message: Message, device: int) -> Fdb | Neighbour | None:
+    if message.end - message.body < _NDMSG.size:
+        return None
     family, _, _, index, state, flags, _ = _NDMSG.unpack_from(buffer, message.body)
     if index != device or family not in (AF_BRIDGE, AF_INET):
         return None
     attrs = _attrs(buffer, message.body + _NDMSG.size, message.end)
     address, mac = attrs.get(NDA_DST, b""), attrs.get(NDA_LLADDR, b"")
     if family == AF_INET:
-        return Neighbour(address, mac, state) if address else None
-    if not mac or not flags & NTF_SELF:
+        return Neighbour(address, mac, state) if len(address) == 4 else None
+    if len(mac) != 6 or not flags & NTF_SELF:
         return None
     plain = not attrs.keys() & {NDA_PORT, NDA_VNI, NDA_IFINDEX}
     return Fdb(mac, address if plain else b"", state)
 
 
 def _route(buffer: bytes, message: Message) -> Route | None:
+    if message.end - message.body < _RTMSG.size:
+        return None
     family, length, source, tos, table, protocol, _, kind, flags = _RTMSG.unpack_from(buffer, message.body)
     if family != AF_INET or table != RT_TABLE_MAIN or source or tos or flags & RTM_F_CLONED:
         return None
@@ -216,6 +259,10 @@ def _route(buffer: bytes, message: Message) -> Route | None:
     if RTA_PRIORITY in attrs:
         return None
     destination = Prefix(attrs.get(RTA_DST, b"\0\0\0\0"), length)
+    if len(destination.base) != 4 or length > 32:
+        return None
+    if attrs.keys() & {RTA_PREFSRC, RTA_METRICS, RTA_FLOW, RTA_ENCAP}:
+        return Route(destination, device=_as_number(attrs.get(RTA_OIF)), protocol=protocol, kind=kind)
     if RTA_NH_ID in attrs:
         return Route(destination, nexthop=_as_number(attrs[RTA_NH_ID]), protocol=protocol, kind=kind)
     # Several gateways: nothing we set, and nothing whose parts would need telling apart.
@@ -225,6 +272,8 @@ def _route(buffer: bytes, message: Message) -> Route | None:
 
 
 def _nexthop(buffer: bytes, message: Message) -> NextHop | None:
+    if message.end - message.body < _NHMSG.size:
+        return None
     _, _, protocol, _, _ = _NHMSG.unpack_from(buffer, message.body)
     attrs = _attrs(buffer, message.body + _NHMSG.size, message.end)
     if NHA_ID not in attrs:

@@ -5,10 +5,11 @@ and no clock: facts go in, an ordered list of operations comes out, and each pas
 refused operation stays in the gap, and so does an entry that somebody removed: nothing else remembers history.
 """
 
-from collections.abc import Callable, Iterable, KeysView, Mapping
+from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
 from dataclasses import dataclass
+from itertools import chain
 
-from overlay.model import Drop, Entry, Fdb, Gone, Key, Op, Put, Sight
+from overlay.model import PROTOCOL, Drop, Entry, Fdb, Gone, Key, NextHop, Op, Put, Rank, Route, Sight
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,8 @@ class Tracker:
         self._by_owner: dict[str, tuple[Entry, ...]] = {}
         self._shared: dict[Key, int] = {}
         """How many owners beyond one want a key; absent means one."""
-        self._dirty: set[Key] = set()
+        self._dirty: dict[Key, None] = {}
+        """An ordered set: what came first is written first, and lies beside its like in memory."""
         self._refused: dict[Key, Refusal] = {}
 
     # --- what we want ---
@@ -59,6 +61,8 @@ class Tracker:
             if key in self._want:
                 self._shared[key] = self._shared.get(key, 0) + 1
             self._want[key] = entry
+            if key in self._have:
+                self._have[key] = self._intern(key, self._have[key])
             self._touch(key)
         for entry in before:
             self._release(entry.key)
@@ -89,7 +93,9 @@ class Tracker:
             key = entry.key
             if key not in self._want and not self._owned(entry):
                 continue
-            # The same MAC twice is one FDB entry with several remotes, which no replace can mend: see `pending`.
+            if key in seen and isinstance(entry, Route):
+                continue  # The kernel lists routes to one destination in its order: the first is in force.
+            # The same MAC twice is one FDB entry with several remotes, which no replace can mend: see `_resists`.
             seen[key] = Fdb(entry.mac, b"") if isinstance(entry, Fdb) and key in seen else entry
         drifted = [
             Drift(want, seen.get(key))
@@ -98,7 +104,8 @@ class Tracker:
         ]
         self._have = {key: self._intern(key, entry) for key, entry in seen.items()}
         self._refused.clear()
-        self._dirty = {key for key in self._want.keys() | seen.keys() if self._differs(key)}
+        strange = (key for key in seen if key not in self._want)
+        self._dirty = dict.fromkeys(key for key in chain(self._want, strange) if self._differs(key))
         return drifted
 
     def saw(self, sights: Iterable[Sight]) -> list[Drift]:
@@ -107,7 +114,7 @@ class Tracker:
         Echoes of our own writes must come together with whatever followed them: only the last sight of a key counts.
         """
         before: dict[Key, Entry | None] = {}
-        for sight in sights:
+        for sight in self._with_silent_losses(sights):
             entry = sight.entry if isinstance(sight, Gone) else sight
             key = entry.key
             before.setdefault(key, self._have.get(key))
@@ -128,6 +135,24 @@ class Tracker:
                 drifted.append(Drift(want, now))
         return drifted
 
+    def _with_silent_losses(self, sights: Iterable[Sight]) -> Iterator[Sight]:
+        """The sights, and what the kernel does not mention: a nexthop takes its routes with it when it goes."""
+        routes: dict[int, list[Route]] | None = None
+        for sight in sights:
+            yield sight
+            if routes is not None and isinstance(sight, Route):
+                routes.setdefault(sight.nexthop, []).append(sight)
+            if isinstance(sight, Gone) and isinstance(sight.entry, NextHop):
+                if routes is None:
+                    # Built when it is needed, which is when somebody else has removed a nexthop.
+                    routes = {}
+                    for entry in self._have.values():
+                        if isinstance(entry, Route):
+                            routes.setdefault(entry.nexthop, []).append(entry)
+                for route in routes.pop(sight.entry.id, ()):
+                    if self._have.get(route.key) == route:
+                        yield Gone(route)
+
     def _intern(self, key: Key, entry: Entry) -> Entry:
         """The wanted object itself where it is equal: one object in memory for what is as it should be."""
         want = self._want.get(key)
@@ -137,18 +162,15 @@ class Tracker:
 
     def pending(self) -> list[Op]:
         """What closes the gap, in build order: a route never lacks the entries it stands on."""
-        puts: list[Op] = []
-        drops: list[Op] = []
+        puts: list[list[Op]] = [[] for _ in Rank]
+        drops: list[list[Op]] = [[] for _ in Rank]
         for key in self._dirty:
             want, have = self._want.get(key), self._have.get(key)
             if want is not None:
-                # NLM_F_REPLACE changes only the first remote of an FDB entry (vxlan_fdb_replace).
-                puts.append(Put(want, afresh=isinstance(have, Fdb) and not have.remote))
+                puts[want.rank].append(Put(want, afresh=have is not None and _resists(have)))
             elif have is not None:
-                drops.append(Drop(have))
-        puts.sort(key=_rank)
-        drops.sort(key=_rank, reverse=True)
-        return puts + drops
+                drops[have.rank].append(Drop(have))
+        return list(chain(*puts, *reversed(drops)))
 
     def settle(self, results: Iterable[tuple[Op, int]]) -> list[Refusal]:
         """The kernel's answers, as (operation, errno or 0). Returns what it refused; that stays pending."""
@@ -158,7 +180,7 @@ class Tracker:
             if errno:
                 refusal = Refusal(op, errno)
                 self._refused[key] = refusal
-                self._dirty.add(key)
+                self._dirty[key] = None
                 refusals.append(refusal)
                 continue
             if isinstance(op, Put):
@@ -166,17 +188,22 @@ class Tracker:
             else:
                 self._have.pop(key, None)
             self._touch(key)
+        if not self._dirty:
+            # An emptied dict keeps the room for what was in it: megabytes after a start among thousands of peers.
+            self._dirty = {}
         return refusals
 
     def _touch(self, key: Key) -> None:
         if self._differs(key):
-            self._dirty.add(key)
+            self._dirty[key] = None
         else:
-            self._dirty.discard(key)
+            self._dirty.pop(key, None)
             self._refused.pop(key, None)
 
     def _differs(self, key: Key) -> bool:
         want, have = self._want.get(key), self._have.get(key)
+        if want is have:  # The usual case, and far cheaper than to compare: see `_intern`.
+            return False
         if want is None:
             return have is not None and self._owned(have)
         return want != have
@@ -199,5 +226,16 @@ class Tracker:
         return self._refused
 
 
-def _rank(op: Op) -> int:
-    return op.entry.rank
+def _resists(have: Entry) -> bool:
+    """Whether NLM_F_REPLACE alone may not make what stands there equal to what we want.
+
+    It changes only the first remote of an FDB entry (vxlan_fdb_replace). It fails where a stranger's route stands
+    before one of ours (EEXIST, fib_table_insert), and keeps the metrics of a route of our protocol (fib_find_info_nh).
+    Only a route of our protocol is removed first: a stranger's by itself is still replaced in place.
+    """
+    match have:
+        case Fdb():
+            return not have.remote
+        case Route():
+            return have.protocol != PROTOCOL or not (have.nexthop or have.gateway)
+    return False

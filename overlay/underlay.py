@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 AF_INET = 2
 RT_SCOPE_HOST = 254
+RT_TABLE_MAIN = 254
 
 
 class NoUnderlay(Exception):
@@ -131,9 +132,12 @@ def _by_route(route: "IPRoute", links: list[_Link], target: str, why: str) -> tu
 
 
 def _default_link(route: "IPRoute", links: list[_Link]) -> _Link | None:
-    """The link of the default route with the lowest metric."""
+    """The link of the main table's default route with the lowest metric."""
     best: tuple[int, int] | None = None
     for entry in route.get_default_routes(family=AF_INET):
+        # pyroute2 0.9.7 takes a table and ignores it; another table's default is for what some rule sends there.
+        if entry.get_attr("RTA_TABLE") != RT_TABLE_MAIN:
+            continue
         hops: list[Any] = entry.get_attr("RTA_MULTIPATH") or []
         index = entry.get_attr("RTA_OIF") or (hops[0]["oif"] if hops else None)
         metric = entry.get_attr("RTA_PRIORITY") or 0

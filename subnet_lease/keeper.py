@@ -104,6 +104,12 @@ class Keeper:
         self._former: Lease | None = None
         self._renew_at = 0.0
         self._loose_grant = 0
+        self._seen: Snapshot | None = None
+
+    def take_snapshot(self) -> Snapshot | None:
+        """The snapshot that the latest round went by, once: a watcher can begin with it instead of reading all anew."""
+        seen, self._seen = self._seen, None
+        return seen
 
     @property
     def lease(self) -> Lease | None:
@@ -137,6 +143,7 @@ class Keeper:
             if self._wake.is_set() or self._lease is None:
                 self._wake.clear()
                 lease = self.acquire()
+                self._seen = None
                 if lease is not None and lease != known:
                     known = lease
                     self._on_lease(lease)
@@ -155,6 +162,8 @@ class Keeper:
         if lease is None:
             return
         key = subnet_key(lease.subnet, lease.subnet6)
+        if fact.revision < lease.mod_revision:
+            return
         if isinstance(fact, Changes):
             touched = any(event.key == key and event.mod_revision > lease.mod_revision for event in fact.events)
         else:
@@ -185,7 +194,8 @@ class Keeper:
     def _round(self) -> Lease | None:
         """The lease, or None where another was faster: begin again."""
         asked_at = self._clock()
-        records = self._store.snapshot().records
+        self._seen = self._store.snapshot()
+        records = self._seen.records
         record, lease = self._own(records)
         self._note_loss(lease)
         self._settle_grant(lease)

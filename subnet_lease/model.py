@@ -417,8 +417,8 @@ def encode_attrs(attrs: LeaseAttrs) -> bytes:
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
 
-def decode_attrs(value: bytes) -> LeaseAttrs:
-    """Decode a lease value; LeaseInvalid gives the reason. Unknown keys are kept in `extra`."""
+def decode_attrs(value: bytes, *, extras: bool = True) -> LeaseAttrs:
+    """Decode a lease value; LeaseInvalid gives the reason. Unknown keys are kept in `extra`, if `extras` are wanted."""
     if len(value) > MAX_VALUE_BYTES:
         raise LeaseInvalid(f"the value has {len(value)} bytes, over the {MAX_VALUE_BYTES} a lease may have")
     if value.count(b"{") + value.count(b"[") > MAX_NESTED:
@@ -440,7 +440,7 @@ def decode_attrs(value: bytes) -> LeaseAttrs:
         vtep=_vtep(fields.pop("BackendData", None), "BackendData"),
         public_ip6=_address(fields.pop("PublicIPv6", None), "PublicIPv6", 16),
         vtep6=_vtep(fields.pop("BackendV6Data", None), "BackendV6Data"),
-        extra=fields or NO_EXTRAS,
+        extra=fields if extras and fields else NO_EXTRAS,
     )
 
 

@@ -125,7 +125,7 @@ class LeaseTable:
 
     def _decode(self, record: Record) -> Lease:
         subnet, subnet6 = parse_subnet_key(record.key)
-        attrs = decode_attrs(record.value)
+        attrs = decode_attrs(record.value, extras=False)
         lease = Lease(subnet, subnet6, attrs, record.etcd_lease, record.create_revision, record.mod_revision)
         reason = self._objection(lease)
         if reason:

@@ -24,7 +24,8 @@ RELIST_S = 4 * 3600.0
 class Watcher:
     """A thread's body: `run` delivers until `stop`. `deliver` gets a Snapshot first, then Changes that are never empty.
 
-    `clock` gives seconds on a steady clock, `jitter` a number from 0 up to 1. What `deliver` raises ends `run`.
+    `first` is a snapshot just taken, to begin with. `clock` gives seconds on a steady clock, `jitter` a number from 0
+    up to 1. What `deliver` raises ends `run`.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Watcher:
         clock: Callable[[], float] = time.monotonic,
         jitter: Callable[[], float] = random.random,
         relist_s: float = RELIST_S,
+        first: Snapshot | None = None,
         log: Any = None,
     ) -> None:
         self._store = store
@@ -47,6 +49,7 @@ class Watcher:
         self._outage = Outage()
         self._stopped = threading.Event()
         self._doubt = threading.Event()
+        self._first = first
         self._watch: Watch | None = None
         self._resume = 0
         self._cluster_id = 0
@@ -97,18 +100,22 @@ class Watcher:
             self._doubt.clear()
             self._resume = 0
         if not self._resume:
-            snapshot = self._store.snapshot()
-            self._heard()
-            self._cluster_id = snapshot.cluster_id
-            self._relist_at = self._clock() + self._relist_s * (0.5 + self._jitter())
-            self._deliver(snapshot)
-            self._resume = snapshot.revision + 1
+            self._list()
         self._watch = watch = self._store.watch(self._resume, self._cluster_id)
         try:
             if not self._stopped.is_set() and not self._doubt.is_set():
                 self._follow(watch)
         finally:
             watch.cancel()
+
+    def _list(self) -> None:
+        """Deliver a snapshot. It is not kept: the watch that follows lasts for hours."""
+        snapshot, self._first = self._first or self._store.snapshot(), None
+        self._heard()
+        self._cluster_id = snapshot.cluster_id
+        self._relist_at = self._clock() + self._relist_s * (0.5 + self._jitter())
+        self._deliver(snapshot)
+        self._resume = snapshot.revision + 1
 
     def _follow(self, watch: Watch) -> None:
         for changes in watch:

@@ -323,6 +323,16 @@ def test_agent_asked_to_stop_withdraws_nothing(make_lab: Callable[..., Lab]) -> 
     assert h1.pods[0].run("ping", "-n", "-c", "1", "-W", "1", h2.pods[0].address).returncode == 0
 
 
+def test_agent_heeds_a_signal_that_comes_as_soon_as_it_is_ready(make_lab: Callable[..., Lab]) -> None:
+    lab = make_lab(hosts=1, pods=0)
+    lab.up()
+    (h1,) = lab.hosts
+    for _ in range(10):
+        assert h1.kill_agent(signal.SIGTERM, seconds=10) == 0
+        h1.start_agent()
+        h1.wait_ready()
+
+
 def test_agent_started_before_etcd_and_before_the_configuration_waits_for_both(make_lab: Callable[..., Lab]) -> None:
     lab = make_lab(hosts=1, pods=0)
     lab.make_network()

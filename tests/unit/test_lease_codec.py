@@ -1,0 +1,337 @@
+"""The wire contract: real bytes decode and encode to themselves; hostile ones end in an error with a reason."""
+
+import json
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from subnet_lease.model import (
+    MAX_NESTED,
+    MAX_VALUE_BYTES,
+    ConfigInvalid,
+    LeaseAttrs,
+    LeaseInvalid,
+    NetworkConfig,
+    Prefix,
+    Vtep,
+    decode_attrs,
+    encode_attrs,
+    format_address,
+    format_mac,
+    pack_address,
+    pack_mac,
+    parse_subnet_key,
+    subnet_key,
+)
+
+CONFIG = b'{"Network":"10.0.0.0/8","SubnetLen":24,"Backend":{"Type":"vxlan"}}'
+LEASES = [
+    (
+        "10.0.6.0-24",
+        b'{"PublicIP":"172.30.0.12","PublicIPv6":null,"BackendType":"vxlan",'
+        b'"BackendData":{"VNI":1,"VtepMAC":"16:0a:e4:09:2d:56"}}',
+    ),
+    (
+        "10.0.74.0-24",
+        b'{"PublicIP":"172.30.0.13","PublicIPv6":null,"BackendType":"vxlan",'
+        b'"BackendData":{"VNI":1,"VtepMAC":"22:80:28:fb:af:8e"}}',
+    ),
+    (
+        "10.0.86.0-24",
+        b'{"PublicIP":"172.30.0.11","PublicIPv6":null,"BackendType":"vxlan",'
+        b'"BackendData":{"VNI":1,"VtepMAC":"ee:3e:c5:f4:42:4f"}}',
+    ),
+]
+"""As flanneld 0.28.9 wrote them."""
+
+# --- strategies ---
+
+addresses = st.binary(min_size=4, max_size=4)
+addresses6 = st.binary(min_size=16, max_size=16)
+macs = st.binary(min_size=6, max_size=6)
+vteps = st.builds(Vtep, st.integers(0, (1 << 24) - 1), macs)
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+FLANNELS = ("PublicIP", "PublicIPv6", "BackendType", "BackendData", "BackendV6Data")
+extras = st.dictionaries(st.text().filter(lambda key: key not in FLANNELS), json_values, max_size=3)
+attrs = st.builds(
+    LeaseAttrs,
+    public_ip=addresses,
+    backend_type=st.text(),
+    vtep=st.none() | vteps,
+    public_ip6=st.none() | addresses6,
+    vtep6=st.none() | vteps,
+    extra=extras,
+)
+
+
+@st.composite
+def prefixes(draw: st.DrawFn, base: st.SearchStrategy[bytes]) -> Prefix:
+    packed = draw(base)
+    return Prefix(packed, 8 * len(packed)).network(draw(st.integers(0, 8 * len(packed))))
+
+
+@st.composite
+def mutated(draw: st.DrawFn, good: bytes) -> bytes:
+    """`good` with some bytes changed, dropped, doubled or put in."""
+    value = bytearray(good)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(value)))
+        value[at : at + draw(st.integers(0, 3))] = draw(st.binary(max_size=3) | st.just(bytes(value[at : at + 20])))
+    return bytes(value)
+
+
+@st.composite
+def objects_with(draw: st.DrawFn, names: tuple[str, ...]) -> bytes:
+    """A JSON object whose keys are the known ones and whose values are anything."""
+    strange = json_values | st.sampled_from(["1.2.3.4", "fd00::1", "10.0.0.0/8", "16:0a:e4:09:2d:56", 0, -1, 1 << 70])
+    backend = st.fixed_dictionaries({}, optional={"VNI": strange, "VtepMAC": strange, "Port": strange, "MTU": strange})
+    fields = draw(st.dictionaries(st.sampled_from(names), strange | backend))
+    return json.dumps(fields).encode()
+
+
+hostile = st.one_of(
+    st.binary(),
+    json_values.map(lambda value: json.dumps(value).encode()),
+    mutated(LEASES[0][1]),
+    mutated(CONFIG),
+    objects_with(FLANNELS),
+    objects_with(("Network", "SubnetLen", "SubnetMin", "SubnetMax", "EnableIPv4", "EnableIPv6", "Backend")),
+    objects_with(("IPv6Network", "IPv6SubnetLen", "IPv6SubnetMin", "IPv6SubnetMax", "EnableIPv6", "network")),
+)
+
+# --- round trips ---
+
+
+@pytest.mark.parametrize(("key", "value"), LEASES)
+def test_flannels_own_leases_survive_byte_for_byte(key: str, value: bytes) -> None:
+    assert encode_attrs(decode_attrs(value)) == value
+    assert subnet_key(*parse_subnet_key(key)) == key
+
+
+def test_flannels_own_config_is_read() -> None:
+    config = NetworkConfig.parse(CONFIG)
+    assert str(config.block) == "10.0.0.0/8"
+    assert (config.subnet_len, config.subnet_min, config.subnet_max) == (24, bytes((10, 0, 1, 0)), b"\x0a\xff\xff\x00")
+    assert (config.backend.type, config.backend.vni, config.backend.port) == ("vxlan", 1, 8472)
+
+
+@given(attrs)
+def test_attributes_survive(value: LeaseAttrs) -> None:
+    assert decode_attrs(encode_attrs(value)) == value
+
+
+@given(attrs)
+def test_values_are_compact_utf8_in_flannels_order(value: LeaseAttrs) -> None:
+    names = list(json.loads(encode_attrs(value).decode("ascii")))
+    assert names[:3] == ["PublicIP", "PublicIPv6", "BackendType"]
+    assert b'": ' not in encode_attrs(LeaseAttrs(value.public_ip, "vxlan", value.vtep))
+
+
+@given(prefixes(addresses), st.none() | prefixes(addresses6))
+def test_subnet_keys_survive(subnet: Prefix, subnet6: Prefix | None) -> None:
+    assert parse_subnet_key(subnet_key(subnet, subnet6)) == (subnet, subnet6)
+
+
+def test_dual_stack_keys_are_flannels() -> None:
+    key = "10.5.34.0-24&fd00-5-0-34---64"
+    assert subnet_key(Prefix.parse("10.5.34.0/24"), Prefix.parse("fd00:5:0:34::/64")) == key
+
+
+@given(prefixes(addresses | addresses6))
+def test_prefixes_survive(prefix: Prefix) -> None:
+    assert Prefix.parse(str(prefix)) == prefix
+
+
+@given(addresses | addresses6)
+def test_addresses_survive(packed: bytes) -> None:
+    assert pack_address(format_address(packed)) == packed
+
+
+@given(macs)
+def test_macs_survive(packed: bytes) -> None:
+    assert pack_mac(format_mac(packed)) == packed == pack_mac(format_mac(packed).upper())
+
+
+@given(prefixes(addresses), prefixes(addresses))
+def test_prefixes_overlap_where_they_share_an_address(one: Prefix, other: Prefix) -> None:
+    shares = max(one.first, other.first) < min(one.first + one.size, other.first + other.size)
+    assert one.overlaps(other) == other.overlaps(one) == shares
+
+
+# --- hostile input ---
+
+
+@given(hostile)
+@example(b"\xff\xfe{\x00}\x00")
+@example(b'{"PublicIP":"1.2.3.4","BackendType":"vxlan","BackendData":{"VtepMAC":"' + b"0" * 60000 + b'"}}')
+@example(b'{"PublicIP":' + b"9" * 5000 + b"}")
+def test_hostile_values_are_leases_or_invalid(value: bytes) -> None:
+    try:
+        decoded = decode_attrs(value)
+    except LeaseInvalid as error:
+        assert str(error)
+        assert len(str(error)) < 300
+    else:
+        assert decode_attrs(value) == decoded
+
+
+@given(hostile)
+@example(b'{"Network":"10.0.0.0/' + b"9" * 5000 + b'"}')
+@example(b'{"Network":"10.0.0.0/8","SubnetLen":' + b"9" * 5000 + b"}")
+@example(b'{"Network":"fe80::%1/64"}')
+@example(b'{"Network":"\\ud800"}')
+def test_hostile_configs_are_configs_or_name_the_key(value: bytes) -> None:
+    try:
+        config = NetworkConfig.parse(value)
+    except ConfigInvalid as error:
+        assert error.key
+        assert error.reason
+        assert len(str(error)) < 300
+    else:
+        assert config.subnet_min <= config.subnet_max
+        if config.network is not None:
+            assert config.network.holds(config.subnet_min)
+            assert config.network.holds(config.subnet_max)
+
+
+@given(
+    st.text() | st.text("0123456789.-/&abcdef:%") | st.binary().map(lambda raw: raw.decode(errors="surrogateescape"))
+)
+@example("10.5.34.0-" + "9" * 5000)
+@example("10.5.34.0-24&fd00--%1-64")
+def test_a_key_is_a_subnet_in_its_one_notation_or_invalid(key: str) -> None:
+    try:
+        subnet, subnet6 = parse_subnet_key(key)
+    except LeaseInvalid as error:
+        assert len(str(error)) < 300
+    else:
+        assert subnet_key(subnet) == key.partition("&")[0]
+        assert (subnet6 is not None) == ("&" in key)
+
+
+@pytest.mark.parametrize(
+    "key",
+    (
+        *("", "config", "10.5.34.0", "10.5.34.0/24", "10.5.34.0-024", "10.5.34.1-24", "10.5.34.0-33", "10.5.34-24"),
+        *("&", "10.5.34.0-24&", "10.5.34.0-24&10.6.0.0-24", "fd00---64", "010.5.34.0-24", "10.5.34.0-24 "),
+        "10.5.34.0--24",
+    ),
+)
+def test_what_is_no_subnet_is_no_key(key: str) -> None:
+    with pytest.raises(LeaseInvalid):
+        parse_subnet_key(key)
+
+
+@given(st.integers(1, 1200) | st.sampled_from([MAX_NESTED - 1, MAX_NESTED, 5000, 200_000]), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_no_depth_of_nesting_exhausts_the_stack(depth: int, lists: bool) -> None:
+    inner = b"[" * depth + b"]" * depth if lists else b'{"a":' * depth + b"1" + b"}" * depth
+    with pytest.raises(ConfigInvalid):
+        NetworkConfig.parse(b'{"Network":' + inner + b"}")
+    value = b'{"PublicIP":"1.2.3.4","BackendType":"vxlan","x":' + inner + b"}"
+    if depth < MAX_NESTED:
+        # What is accepted can be compared and written by whoever gets it.
+        assert encode_attrs(decode_attrs(value)) == encode_attrs(decode_attrs(value))
+        assert decode_attrs(value) == decode_attrs(value)
+    else:
+        with pytest.raises(LeaseInvalid):
+            decode_attrs(value)
+
+
+def test_values_beyond_any_lease_are_refused_unread() -> None:
+    value = LEASES[0][1][:-1] + b',"x":"' + b"x" * MAX_VALUE_BYTES + b'"}'
+    with pytest.raises(LeaseInvalid, match=str(len(value))):
+        decode_attrs(value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32", "utf-8-sig"])
+def test_json_in_encodings_that_flanneld_cannot_read_is_refused(encoding: str) -> None:
+    with pytest.raises(LeaseInvalid, match="not JSON"):
+        decode_attrs(LEASES[0][1].decode().encode(encoding))
+
+
+def test_numbers_that_json_does_not_know_are_refused() -> None:
+    with pytest.raises(LeaseInvalid, match="not JSON"):
+        decode_attrs(LEASES[0][1][:-1] + b',"x":NaN}')
+
+
+@pytest.mark.parametrize(
+    ("value", "reason"),
+    [
+        (b"", "not JSON"),
+        (b"[]", "not a JSON object"),
+        (b"{}", "BackendType is missing"),
+        (b'{"BackendType":1}', "BackendType is missing or not a string"),
+        (b'{"BackendType":"vxlan"}', "PublicIP is missing"),
+        (b'{"BackendType":"vxlan","PublicIP":7}', "PublicIP is not a string"),
+        (b'{"BackendType":"vxlan","PublicIP":"1.2.3"}', "not an IP address"),
+        (b'{"BackendType":"vxlan","PublicIP":"fd00::1"}', "wrong address family"),
+        (b'{"BackendType":"vxlan","PublicIP":"1.2.3.4","BackendData":7}', "BackendData is not an object"),
+        (b'{"BackendType":"vxlan","PublicIP":"1.2.3.4","BackendData":{"VtepMAC":7}}', "VtepMAC is not a string"),
+        (b'{"BackendType":"vxlan","PublicIP":"1.2.3.4","BackendData":{"VtepMAC":"7"}}', "not a MAC address"),
+        (b'{"BackendType":"vxlan","PublicIP":"1.2.3.4","BackendData":{"VNI":-1,"VtepMAC":""}}', "24 bits"),
+        (b'{"BackendType":"vxlan","PublicIP":"1.2.3.4","BackendData":{"VNI":true,"VtepMAC":""}}', "24 bits"),
+    ],
+)
+def test_the_reason_says_what_is_wrong(value: bytes, reason: str) -> None:
+    with pytest.raises(LeaseInvalid, match=reason):
+        decode_attrs(value)
+
+
+@pytest.mark.parametrize("backend", [b"null", b'{"Type":"host-gw"}'])
+def test_a_backend_without_a_tunnel_has_no_vtep(backend: bytes) -> None:
+    value = b'{"PublicIP":"1.2.3.4","BackendType":"host-gw","BackendData":' + backend + b"}"
+    assert decode_attrs(value).vtep is None
+
+
+@pytest.mark.parametrize(
+    ("value", "key"),
+    [
+        (b"", "config"),
+        (b"[]", "config"),
+        (b"{}", "Network"),
+        (b'{"EnableIPv4":false}', "EnableIPv4"),
+        (b'{"EnableIPv6":true,"Network":"10.0.0.0/8"}', "IPv6Network"),
+        (b'{"Network":10}', "Network"),
+        (b'{"Network":[10]}', "Network"),
+        (b'{"Network":"fd00::/48"}', "Network"),
+        (b'{"Network":"10.0.0.0/7"}', "Network"),
+        (b'{"Network":"10.0.0.0/29"}', "Network"),
+        (b'{"Network":"10.0.0.0/16","SubnetLen":17}', "SubnetLen"),
+        (b'{"Network":"10.0.0.0/16","SubnetLen":31}', "SubnetLen"),
+        (b'{"Network":"10.0.0.0/16","SubnetLen":"24"}', "SubnetLen"),
+        (b'{"Network":"10.0.0.0/16","SubnetMin":"10.1.0.0"}', "SubnetMin"),
+        (b'{"Network":"10.0.0.0/16","SubnetMin":"10.0.0.1"}', "SubnetMin"),
+        (b'{"Network":"10.0.0.0/16","SubnetMin":"fd00::"}', "SubnetMin"),
+        (b'{"Network":"10.0.0.0/16","SubnetMax":"x"}', "SubnetMax"),
+        (b'{"Network":"10.0.0.0/16","SubnetMin":"10.0.9.0","SubnetMax":"10.0.8.0"}', "SubnetMin"),
+        (b'{"Network":"10.0.0.0/16","Backend":7}', "Backend"),
+        (b'{"Network":"10.0.0.0/16","Backend":{"VNI":16777216}}', "Backend.VNI"),
+        (b'{"Network":"10.0.0.0/16","Backend":{"Port":true}}', "Backend.Port"),
+        (b'{"Network":"10.0.0.0/16","Backend":{"GBP":1}}', "Backend.GBP"),
+        (b'{"Network":"10.0.0.0/16","Backend":{"MTU":100}}', "Backend.MTU"),
+    ],
+)
+def test_a_config_that_cannot_be_used_names_the_key_at_fault(value: bytes, key: str) -> None:
+    with pytest.raises(ConfigInvalid) as caught:
+        NetworkConfig.parse(value)
+    assert caught.value.key == key
+
+
+def test_unknown_keys_are_reported_and_known_ones_match_in_any_case() -> None:
+    config = NetworkConfig.parse(b'{"network":"10.5.0.0/16","Netwrok":"x","Backend":{"type":"vxlan","Vlan":1}}')
+    assert str(config.block) == "10.5.0.0/16"
+    assert config.backend.type == "vxlan"
+    assert config.unknown == ("Netwrok", "Backend.Vlan")
+
+
+def test_an_overlay_of_ipv6_alone_has_no_block() -> None:
+    config = NetworkConfig.parse(b'{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:5::/48"}')
+    assert config.ipv6_subnet_len == 64
+    with pytest.raises(ConfigInvalid):
+        _ = config.block

@@ -1,0 +1,527 @@
+"""The loop over the kernel's twin: facts in, entries in the kernel, and a state that tells the truth.
+
+The loop runs in the test's own thread, up to the point where it would wait: no test depends on time passing.
+"""
+
+import errno
+import itertools
+import threading
+from collections.abc import Iterable
+
+import pytest
+from structlog.testing import capture_logs
+
+from overlay.desired import Local, entries_for
+from overlay.device import DeviceSpec, FoundDevice, Underlay, derived_mac
+from overlay.kernel import KernelRefused
+from overlay.model import PROTOCOL_BOOT, Drop, Entry, Fdb, Put, Route
+from overlay.reconciler import HEARTBEAT, RETRY, RETRY_MOST, Reconciler, State, Stop
+from subnet_lease.model import (
+    Lease,
+    LeaseAttrs,
+    NetworkConfig,
+    Prefix,
+    Vtep,
+    encode_attrs,
+    pack_address,
+    subnet_key,
+)
+from subnet_lease.store import Changes, Deleted, Record, Snapshot
+from tests.fake_dataplane import FakeKernel
+
+CONFIG = NetworkConfig.parse(b'{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}')
+UNDERLAY = Underlay("eth0", 2, pack_address("172.30.0.200"), 1500, (Prefix.parse("172.30.0.0/16"),), "test")
+
+
+def mac(host: int) -> bytes:
+    return b"\x02\0\0\0\0" + bytes([host])
+
+
+def lease(number: int, *, host: int | None = None, revision: int = 1) -> Lease:
+    """Subnet number `number`, of the host of that number unless another is named."""
+    host = number if host is None else host
+    attrs = LeaseAttrs(pack_address(f"172.30.0.{host}"), "vxlan", Vtep(1, mac(host)))
+    return Lease(Prefix.parse(f"10.0.{number}.0/24"), None, attrs, 1, number, revision)
+
+
+def record(each: Lease) -> Record:
+    value = encode_attrs(each.attrs)
+    return Record(subnet_key(each.subnet), value, each.etcd_lease, each.create_revision, each.mod_revision)
+
+
+OWN, MOVED = lease(200), lease(201, host=200)
+
+
+def snapshot(numbers: Iterable[int], revision: int = 300, own: Lease = OWN) -> Snapshot:
+    return Snapshot((record(own), *(record(lease(number)) for number in numbers)), revision, 1)
+
+
+def joined(each: Lease, revision: int) -> Changes:
+    return Changes((record(each),), revision)
+
+
+def left(number: int, revision: int) -> Changes:
+    return Changes((Deleted(subnet_key(lease(number).subnet), revision),), revision)
+
+
+class WouldWait(Exception):
+    """The loop has nothing to do; it would wait for as many seconds as it says."""
+
+
+class SteppedKernel(FakeKernel):
+    """A kernel whose `wait` comes back where it has something to tell, and otherwise hands over to the test."""
+
+    def __init__(self, *, nexthops: bool = True, capacity: int = 100_000) -> None:
+        super().__init__(nexthops=nexthops, capacity=capacity)
+        self.elapsing = 0
+        """How many waits may come to their end."""
+
+    def wait(self, seconds: float | None) -> None:
+        if self.has_news() or seconds == 0.0:
+            super().wait(0.0)
+        elif self.elapsing:
+            self.elapsing -= 1
+        else:
+            raise WouldWait(seconds)
+
+
+class Agent:
+    """A reconciler, its kernel, and what it called."""
+
+    def __init__(self, kernel: SteppedKernel | None = None, underlay: Underlay = UNDERLAY) -> None:
+        self.kernel = kernel or SteppedKernel()
+        self.calls: list[str] = []
+        ticks = itertools.count(1)
+        self.reconciler = Reconciler(
+            self.kernel, CONFIG, underlay, OWN,
+            prepare=lambda own, spec: self.calls.append(f"prepare {own.subnet} {spec.address}"),
+            on_ready=lambda own, spec: self.calls.append(f"ready {own.subnet} {spec.address}"),
+            clock=lambda: float(next(ticks)),
+        )  # fmt: skip
+
+    @property
+    def state(self) -> State:
+        return self.reconciler.state
+
+    def settle(self) -> float | None:
+        """Run until the loop would wait; for how many seconds it would."""
+        try:
+            self.reconciler.run()
+        except WouldWait as wait:
+            return wait.args[0]  # type: ignore[no-any-return]
+        raise AssertionError("the loop has ended")
+
+    def later(self) -> float | None:
+        """As `settle`, once the present wait has come to its end."""
+        self.kernel.elapsing = 1
+        return self.settle()
+
+    def post(self, *facts: Snapshot | Changes | Lease | Stop) -> list[str]:
+        """Post facts, settle; what was written meanwhile."""
+        before = len(self.kernel.batches)
+        for fact in facts:
+            self.reconciler.post(fact)
+        self.settle()
+        return self.written(before)
+
+    def written(self, since: int = 0) -> list[str]:
+        """All operations from batch number `since` on, as words."""
+        ops = [op for batch in self.kernel.batches[since:] for op in batch]
+        return [f"{'put' if isinstance(op, Put) else 'drop'} {op.entry}" for op in ops]
+
+    def entries(self, *leases: Lease) -> set[Entry]:
+        local = Local(CONFIG.block, self.kernel.device, self.kernel.has_nexthops())
+        return {entry for each in leases for entry in entries_for(each, local)}
+
+    def assert_in_step(self, *numbers: int) -> None:
+        assert self.kernel.entries() == self.entries(*map(lease, numbers))
+        assert (self.state.gap, self.state.refused, self.state.peers) == (0, 0, len(numbers))
+
+
+@pytest.fixture
+def agent() -> Agent:
+    """Three peers, in place, and nothing left to do."""
+    made = Agent()
+    made.post(snapshot([1, 2, 3]))
+    made.assert_in_step(1, 2, 3)
+    return made
+
+
+# --- the start ---
+
+
+def test_nothing_is_written_before_the_first_complete_snapshot() -> None:
+    made = Agent()
+    made.kernel.ensure_device(spec_of(made))
+    stale = Fdb(mac(77), pack_address("172.30.0.77"))
+    made.kernel.stranger.apply([Put(stale)])
+    assert made.settle() == HEARTBEAT
+    made.post(joined(lease(1), 5))
+    assert (made.written(), made.state.ready, made.state.peers) == ([], False, 0)
+    assert made.kernel.entries() == {stale}
+    assert made.calls == ["prepare 10.0.200.0/24 10.0.200.0/32"]
+    made.post(snapshot([1]))
+    made.assert_in_step(1)
+    assert made.calls[1:] == ["ready 10.0.200.0/24 10.0.200.0/32"]
+
+
+def spec_of(made: Agent) -> DeviceSpec:
+    assert OWN.attrs.vtep is not None
+    local = UNDERLAY.address
+    return DeviceSpec("flannel.1", 1, 8472, 2, local, OWN.attrs.vtep.mac, 1450, Prefix.parse("10.0.200.0/32"))
+
+
+def test_restart_on_unchanged_entries_writes_nothing(agent: Agent) -> None:
+    again = Agent(agent.kernel)
+    before = len(agent.kernel.batches)
+    with capture_logs() as logs:
+        again.post(snapshot([1, 2, 3]))
+    assert again.written(before) == []
+    assert logs == []
+    again.assert_in_step(1, 2, 3)
+    assert (again.state.ready, again.state.drift) == (True, 0)
+
+
+def test_restart_removes_who_left_and_puts_who_came_meanwhile(agent: Agent) -> None:
+    again = Agent(agent.kernel)
+    before = len(agent.kernel.batches)
+    again.post(snapshot([2, 3, 4]))
+    assert len(again.written(before)) == 8
+    again.assert_in_step(2, 3, 4)
+    assert again.state.drift == 0
+
+
+def test_flannels_routes_are_replaced_and_those_of_its_departed_peers_removed() -> None:
+    made = Agent(SteppedKernel(nexthops=False))
+    made.settle()
+    device = made.kernel.device
+    for number in (1, 9):
+        base = lease(number).subnet
+        theirs = Route(base, gateway=base.base, device=device, protocol=PROTOCOL_BOOT)
+        made.kernel.stranger.apply([Put(theirs)])
+    made.post(snapshot([1]))
+    made.assert_in_step(1)
+
+
+def test_kernel_without_nexthop_objects_gets_plain_routes() -> None:
+    made = Agent(SteppedKernel(nexthops=False))
+    made.post(snapshot([1, 2]))
+    made.assert_in_step(1, 2)
+    assert made.state.entries == 6
+
+
+def test_state_tells_the_numbers(agent: Agent) -> None:
+    assert agent.state == State(
+        ready=True, beat=agent.state.beat, peers=3, entries=12, gap=0, refused=0, rejected=0, drift=0, revision=300
+    )
+
+
+def test_one_line_is_logged_for_a_pass_that_changed_something() -> None:
+    made = Agent()
+    with capture_logs() as logs:
+        made.post(snapshot([1]))
+        made.later()
+    assert [(line["event"], line["log_level"]) for line in logs] == [("device_set", "info"), ("reconciled", "info")]
+    assert {key: logs[1][key] for key in ("put", "dropped", "refused", "revision")} == {
+        "put": 4, "dropped": 0, "refused": 0, "revision": 300,
+    }  # fmt: skip
+
+
+# --- joins, leaves, changes ---
+
+
+def test_join_is_written_in_build_order_and_reads_nothing_back(agent: Agent) -> None:
+    dumps = agent.kernel.dumps
+    assert agent.post(joined(lease(4), 301)) == [
+        "put fdb 02:00:00:00:00:04 dst 172.30.0.4",
+        "put neighbour 10.0.4.0 lladdr 02:00:00:00:00:04",
+        "put nexthop 1862272000 via 10.0.4.0",
+        "put route 10.0.4.0/24 nhid 1862272000",
+    ]
+    agent.assert_in_step(1, 2, 3, 4)
+    assert (agent.kernel.dumps, agent.state.revision) == (dumps, 301)
+
+
+def test_leave_is_written_in_reverse_order(agent: Agent) -> None:
+    assert [line.split()[1] for line in agent.post(left(2, 301))] == ["route", "nexthop", "neighbour", "fdb"]
+    agent.assert_in_step(1, 3)
+
+
+def test_peer_with_a_new_mac_gets_the_new_fdb_entry_first_and_loses_the_old_last(agent: Agent) -> None:
+    assert agent.post(joined(lease(2, host=22, revision=301), 301)) == [
+        "put fdb 02:00:00:00:00:16 dst 172.30.0.22",
+        "put neighbour 10.0.2.0 lladdr 02:00:00:00:00:16",
+        "drop fdb 02:00:00:00:00:02 dst 172.30.0.2",
+    ]
+    assert agent.kernel.entries() == agent.entries(lease(1), lease(2, host=22), lease(3))
+
+
+def test_many_facts_make_one_batch(agent: Agent) -> None:
+    before = len(agent.kernel.batches)
+    agent.post(*(joined(lease(number), 300 + number) for number in range(10, 60)))
+    assert len(agent.kernel.batches) == before + 1
+    agent.assert_in_step(1, 2, 3, *range(10, 60))
+
+
+def test_peer_that_joins_and_leaves_between_two_passes_is_never_written(agent: Agent) -> None:
+    assert agent.post(joined(lease(4), 301), left(4, 302)) == []
+
+
+def test_peers_missing_in_a_later_snapshot_are_withdrawn(agent: Agent) -> None:
+    agent.post(snapshot([1, 3, 4], revision=310))
+    agent.assert_in_step(1, 3, 4)
+
+
+def test_lease_that_cannot_be_believed_is_counted_and_harms_nobody(agent: Agent) -> None:
+    agent.post(Changes((Record("10.0.9.0-24", b"garbage", 1, 301, 301),), 301))
+    agent.assert_in_step(1, 2, 3)
+    assert agent.state.rejected == 1
+
+
+def test_links_inside_the_overlay_are_no_reason_to_reject_a_peer() -> None:
+    bridge = Prefix.parse("10.0.1.0/24")
+    made = Agent(underlay=Underlay("eth0", 2, UNDERLAY.address, 1500, (*UNDERLAY.links, bridge), "test"))
+    made.post(snapshot([1]))
+    assert made.state.peers == 1
+
+
+# --- drift ---
+
+
+def test_entry_removed_by_hand_is_back_after_one_pass_and_counted(agent: Agent) -> None:
+    for number, entry in enumerate(sorted(agent.entries(lease(2)), key=repr), start=1):
+        agent.kernel.stranger.apply([Drop(entry)])
+        with capture_logs() as logs:
+            agent.settle()
+        agent.assert_in_step(1, 2, 3)
+        assert agent.state.drift >= number
+        assert (logs[0]["event"], logs[0]["log_level"]) == ("reconciled", "warning")
+        assert f"{entry} was removed" in logs[0]["drifted"]
+
+
+def test_nexthop_removed_by_hand_brings_back_its_route_too(agent: Agent) -> None:
+    hop = next(entry for entry in agent.entries(lease(2)) if str(entry).startswith("nexthop"))
+    agent.kernel.stranger.apply([Drop(hop)])
+    agent.settle()
+    agent.assert_in_step(1, 2, 3)
+    assert agent.state.drift == 2
+
+
+def test_route_put_before_ours_is_replaced(agent: Agent) -> None:
+    agent.kernel.prepend_route(Route(lease(2).subnet, gateway=b"\x0a\0\0\1", device=3, protocol=PROTOCOL_BOOT))
+    agent.settle()
+    agent.assert_in_step(1, 2, 3)
+
+
+def test_foreign_fdb_entry_on_our_device_is_removed(agent: Agent) -> None:
+    agent.kernel.stranger.apply([Put(Fdb(mac(99), pack_address("172.30.0.99")))])
+    agent.settle()
+    agent.assert_in_step(1, 2, 3)
+
+
+def test_strangers_route_elsewhere_is_left_alone(agent: Agent) -> None:
+    theirs = Route(Prefix.parse("192.0.2.0/24"), gateway=b"\xac\x1e\0\1", protocol=PROTOCOL_BOOT)
+    agent.kernel.stranger.apply([Put(theirs)])
+    agent.settle()
+    assert theirs in agent.kernel.entries()
+    assert agent.state.drift == 0
+
+
+def test_our_own_echoes_are_no_drift_and_end_in_a_long_wait(agent: Agent) -> None:
+    agent.post(joined(lease(4), 301), left(1, 302))
+    assert agent.settle() == HEARTBEAT
+    assert agent.state.drift == 0
+
+
+def test_lost_notifications_end_in_a_dump_that_heals() -> None:
+    made = Agent(SteppedKernel(capacity=2))
+    made.post(snapshot([1, 2, 3]))
+    dumps = made.kernel.dumps
+    made.kernel.stranger.apply([Drop(entry) for entry in sorted(made.entries(lease(2)), key=repr)])
+    with capture_logs() as logs:
+        made.settle()
+    made.assert_in_step(1, 2, 3)
+    assert made.kernel.dumps == dumps + 1
+    assert "notifications_lost" in [line["event"] for line in logs]
+
+
+def test_wait_is_a_heartbeat_when_all_is_well(agent: Agent) -> None:
+    beat = agent.state.beat
+    assert agent.later() == HEARTBEAT
+    assert agent.state.beat > beat
+
+
+# --- the device ---
+
+
+def test_deleted_device_comes_back_with_everything_on_it(agent: Agent) -> None:
+    index = agent.kernel.device
+    agent.kernel.delete_device()
+    agent.settle()
+    assert agent.kernel.device != index
+    agent.assert_in_step(1, 2, 3)
+    assert agent.calls.count("prepare 10.0.200.0/24 10.0.200.0/32") == 2
+    assert agent.calls.count("ready 10.0.200.0/24 10.0.200.0/32") == 1
+
+
+def test_link_set_down_is_set_up_and_filled_again(agent: Agent) -> None:
+    agent.kernel.set_down()
+    agent.settle()
+    assert agent.kernel.found is not None and agent.kernel.found.up
+    agent.assert_in_step(1, 2, 3)
+    assert agent.state.drift == 9, "neighbours, nexthops and routes; the FDB outlasts the link"
+
+
+def test_device_deleted_while_entries_are_written_comes_back_with_them() -> None:
+    class Vanishing(SteppedKernel):
+        """Its device goes right before the first write."""
+
+        def apply(self, ops):  # type: ignore[no-untyped-def]
+            if not self.batches:
+                self.delete_device()
+            return super().apply(ops)
+
+    made = Agent(Vanishing())
+    made.post(snapshot([1, 2]))
+    made.later()
+    made.assert_in_step(1, 2)
+
+
+def test_device_that_somebody_made_otherwise_is_made_anew(agent: Agent) -> None:
+    found = agent.kernel.found
+    assert found is not None
+    agent.kernel.delete_device()
+    agent.kernel.found = FoundDevice(99, "flannel.1", "vxlan", derived_mac("other"), 1450, True, vni=9)
+    agent.settle()
+    agent.assert_in_step(1, 2, 3)
+    assert agent.kernel.found is not None and agent.kernel.found.vni == 1
+
+
+def test_interface_of_another_kind_by_our_name_is_told_and_waited_for() -> None:
+    made = Agent()
+    made.kernel.found = FoundDevice(99, "flannel.1", "bridge", mac(9), 1500, True)
+    with capture_logs() as logs:
+        assert made.post(snapshot([1])) == []
+        made.later()
+    assert made.state.trouble == "an interface flannel.1 exists and its kind is bridge, not vxlan"
+    assert not made.state.ready
+    assert [line["event"] for line in logs] == ["dataplane_refused"], "told once"
+    made.kernel.found = None
+    made.later()
+    made.assert_in_step(1)
+    assert (made.state.trouble, made.state.ready) == ("", True)
+
+
+# --- refusals ---
+
+
+def test_refused_entry_is_retried_with_growing_pauses_and_stops_nobody_else(agent: Agent) -> None:
+    route = next(entry for entry in agent.entries(lease(4)) if isinstance(entry, Route))
+    agent.kernel.refuse[route.key] = errno.ENOMEM
+    with capture_logs() as logs:
+        agent.post(joined(lease(4), 301), joined(lease(5), 302))
+        pauses = [agent.settle(), *(agent.later() for _ in range(9))]
+    # The echo of the first attempt's FDB entries is a second one.
+    assert pauses == [min(RETRY * 2**n, RETRY_MOST) for n in range(1, 11)]
+    assert agent.kernel.entries() == agent.entries(*map(lease, range(1, 6))) - {route}
+    assert (agent.state.refused, agent.state.gap, agent.state.ready) == (1, 1, True)
+    refused = [line for line in logs if line["event"] == "reconciled"]
+    assert [line["refusals"] for line in refused] == [[f"{route}: ENOMEM"]], "the same refusal is told once"
+    agent.kernel.refuse.clear()
+    assert agent.later() == HEARTBEAT
+    agent.assert_in_step(1, 2, 3, 4, 5)
+
+
+def test_peers_with_refused_entries_do_not_keep_the_agent_from_being_ready() -> None:
+    made = Agent()
+    route = Route(lease(1).subnet)
+    made.kernel.refuse[route.key] = errno.ENOMEM
+    made.post(snapshot([1, 2]))
+    assert (made.state.ready, made.state.refused) == (True, 1)
+    assert made.calls[-1] == "ready 10.0.200.0/24 10.0.200.0/32"
+
+
+@pytest.mark.parametrize("call", ["apply", "dump", "ensure_device"])
+def test_call_that_fails_as_a_whole_is_followed_by_a_dump_that_heals(call: str) -> None:
+    made = Agent()
+    made.kernel.fail[call] = [errno.ENOBUFS, errno.ENOBUFS]
+    with capture_logs() as logs:
+        made.post(snapshot([1, 2]))
+    assert made.state.trouble == str(KernelRefused(call, errno.ENOBUFS))
+    assert (made.state.ready, made.kernel.entries()) == (False, set())
+    assert [line["event"] for line in logs if line["log_level"] == "error"] == ["dataplane_refused"]
+    made.later()
+    made.later()
+    made.assert_in_step(1, 2)
+    assert (made.state.trouble, made.state.ready) == ("", True)
+
+
+def test_batch_that_failed_half_way_is_finished_and_not_begun_again(agent: Agent) -> None:
+    class Half(SteppedKernel):
+        """Its socket fails in the middle of the first batch."""
+
+        def apply(self, ops):  # type: ignore[no-untyped-def]
+            if self.batches:
+                return super().apply(ops)
+            super().apply(ops[: len(ops) // 2])
+            raise KernelRefused("netlink batch", errno.ENOBUFS)
+
+    made = Agent(Half())
+    made.post(snapshot([1, 2]))
+    made.later()
+    made.assert_in_step(1, 2)
+    assert len(made.written()) == 8, "nothing is written twice"
+    assert made.state.drift == 0
+
+
+# --- the own lease ---
+
+
+def test_own_lease_moved_withdraws_the_old_after_the_next_snapshot_and_not_before(agent: Agent) -> None:
+    agent.post(MOVED)
+    assert agent.kernel.entries() == agent.entries(*map(lease, (1, 2, 3)))
+    assert not agent.state.ready
+    assert agent.kernel.found is not None
+    assert agent.kernel.found.addresses == (Prefix.parse("10.0.201.0/32"),)
+    assert agent.post(left(1, 301)) == [], "changes before the snapshot tell nothing of the whole"
+    agent.post(snapshot([2, 3], revision=302, own=MOVED))
+    agent.assert_in_step(2, 3)
+    assert agent.state.ready
+    assert agent.calls[2:] == ["prepare 10.0.201.0/24 10.0.201.0/32", "ready 10.0.201.0/24 10.0.201.0/32"]
+
+
+def test_peer_that_took_our_former_subnet_is_served_after_the_move(agent: Agent) -> None:
+    agent.post(MOVED)
+    heir = lease(200, host=7)
+    agent.post(Snapshot((record(MOVED), record(heir)), 302, 1))
+    assert agent.kernel.entries() == agent.entries(heir)
+
+
+def test_own_lease_renewed_changes_nothing(agent: Agent) -> None:
+    renewed = lease(200, revision=299)
+    assert agent.post(renewed) == []
+    assert agent.state.ready
+    assert len(agent.calls) == 2
+
+
+# --- threads ---
+
+
+def test_loop_in_its_own_thread_takes_facts_and_stops_leaving_all_in_place() -> None:
+    kernel = FakeKernel()
+    ready = threading.Event()
+    ticks = itertools.count(1)
+    reconciler = Reconciler(
+        kernel, CONFIG, UNDERLAY, OWN,
+        prepare=lambda own, spec: None, on_ready=lambda own, spec: ready.set(), clock=lambda: float(next(ticks)),
+    )  # fmt: skip
+    thread = threading.Thread(target=reconciler.run)
+    thread.start()
+    try:
+        reconciler.post(snapshot([1, 2, 3]))
+        assert ready.wait(30)
+    finally:
+        reconciler.post(Stop())
+        thread.join(30)
+    assert not thread.is_alive()
+    assert len(kernel.entries()) == 12

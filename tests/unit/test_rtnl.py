@@ -1,0 +1,231 @@
+"""The codec by itself: what is built reads back, and no bytes whatever make the reader fail.
+
+That the bytes are those the kernel means is shown in tests/netns/test_rtnl_oracle.py.
+"""
+
+import errno
+import struct
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from overlay import rtnl
+from overlay.model import PROTOCOL, Entry, Fdb, Gone, Neighbour, NextHop, Route
+from subnet_lease.model import Prefix, pack_address
+
+DEVICE = 7
+MACS = st.binary(min_size=6, max_size=6)
+ADDRESSES = st.binary(min_size=4, max_size=4)
+STATES = st.integers(0, 0xFF)
+BYTES = st.integers(0, 0xFF)
+NUMBERS = st.integers(1, 2**31 - 1)
+PREFIXES = st.builds(lambda base, length: Prefix(base, 32).network(length), ADDRESSES, st.integers(0, 32))
+
+ENTRIES: st.SearchStrategy[Entry] = st.one_of(
+    st.builds(Fdb, MACS, ADDRESSES, STATES),
+    st.builds(Neighbour, ADDRESSES, MACS, STATES),
+    st.builds(NextHop, NUMBERS, ADDRESSES, NUMBERS, BYTES),
+    st.builds(Route, PREFIXES, NUMBERS, protocol=BYTES, kind=BYTES),
+    st.builds(Route, PREFIXES, st.just(0), ADDRESSES, NUMBERS, BYTES, BYTES),
+)
+
+
+def only(buffer: bytes) -> rtnl.Message:
+    (message,) = rtnl.messages(buffer)
+    return message
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), kind) + value + bytes(-len(value) % 4)
+
+
+def message(kind: int, body: bytes) -> bytes:
+    return rtnl.HEADER.pack(16 + len(body), kind, 0, 0, 0) + body
+
+
+def route_message(*attributes: bytes, **header: int) -> bytes:
+    fields = {
+        "family": 2, "length": 24, "source": 0, "tos": 0, "table": 254, "protocol": PROTOCOL, "scope": 0, "kind": 1,
+        **header,
+    }  # fmt: skip
+    flags = fields.pop("flags", 0)
+    body = struct.pack("=BBBBBBBBI", *fields.values(), flags)
+    return message(rtnl.NEWROUTE, body + attribute(1, pack_address("10.0.1.0")) + b"".join(attributes))
+
+
+def seen(buffer: bytes) -> object:
+    return rtnl.sight(buffer, only(buffer), DEVICE)
+
+
+# --- round trips ---
+
+
+@given(ENTRIES, st.integers(0, 2**32 - 1), st.booleans())
+def test_what_is_put_reads_back_as_it_was(entry: Entry, sequence: int, ack: bool) -> None:
+    buffer = rtnl.put(entry, DEVICE, sequence, ack=ack)
+    built = only(buffer)
+    assert (built.sequence, built.port, built.end) == (sequence, 0, len(buffer))
+    assert built.flags == rtnl.REQUEST | rtnl.CREATE | rtnl.REPLACE | (rtnl.ACK if ack else 0)
+    assert rtnl.sight(buffer, built, DEVICE) == entry
+
+
+@given(ENTRIES, st.integers(0, 2**32 - 1), st.booleans())
+def test_what_is_dropped_reads_back_as_gone_under_the_same_key(entry: Entry, sequence: int, ack: bool) -> None:
+    buffer = rtnl.drop(entry, DEVICE, sequence, ack=ack)
+    built = only(buffer)
+    assert (built.sequence, built.flags) == (sequence, rtnl.REQUEST | (rtnl.ACK if ack else 0))
+    found = rtnl.sight(buffer, built, DEVICE)
+    assert isinstance(found, Gone)
+    assert found.entry.key == entry.key
+
+
+@given(st.lists(ENTRIES, max_size=10))
+def test_messages_of_one_datagram_are_told_apart(entries: list[Entry]) -> None:
+    buffer = b"".join(rtnl.put(entry, DEVICE, number) for number, entry in enumerate(entries))
+    found = list(rtnl.messages(buffer))
+    assert [each.sequence for each in found] == list(range(len(entries)))
+    assert [rtnl.sight(buffer, each, DEVICE) for each in found] == entries
+
+
+@given(ENTRIES)
+def test_messages_are_whole_words(entry: Entry) -> None:
+    assert len(rtnl.put(entry, DEVICE, 0)) % 4 == 0
+    assert len(rtnl.drop(entry, DEVICE, 0)) % 4 == 0
+
+
+# --- reading whatever comes ---
+
+
+def read_all(buffer: bytes) -> None:
+    for each in rtnl.messages(buffer):
+        assert each.body <= each.end <= len(buffer)
+        rtnl.error_of(buffer, each)
+        rtnl.device_of(buffer, each)
+        found = rtnl.sight(buffer, each, DEVICE)
+        if found is not None:
+            entry = found.entry if isinstance(found, Gone) else found
+            hash(entry.key)
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_make_the_reader_fail(buffer: bytes) -> None:
+    read_all(buffer)
+
+
+@given(
+    st.sampled_from([2, 3, 16, 20, 24, 25, 28, 29, 104, 105]),
+    st.binary(max_size=12),
+    st.lists(st.tuples(st.integers(0, 40), st.binary(max_size=20)), max_size=5),
+    st.binary(max_size=5),
+)
+def test_no_attributes_make_the_reader_fail(
+    kind: int, header: bytes, attributes: list[tuple[int, bytes]], rest: bytes
+) -> None:
+    for body in (header, header.ljust(12, b"\0"), bytes([2]) + header.ljust(11, b"\0")):
+        read_all(message(kind, body + b"".join(attribute(*each) for each in attributes) + rest))
+
+
+@given(ENTRIES, st.data())
+def test_truncated_messages_are_read_over(entry: Entry, data: st.DataObject) -> None:
+    whole = rtnl.put(entry, DEVICE, 0)
+    size = data.draw(st.integers(0, len(whole) - 1))
+    assert list(rtnl.messages(whole[:size])) == []
+    if size >= 16:
+        read_all(size.to_bytes(4, "little") + whole[4:size])
+
+
+@example(15)
+@given(st.integers(0, 15))
+def test_message_shorter_than_its_header_ends_the_reading(length: int) -> None:
+    assert list(rtnl.messages(struct.pack("=IHHII", length, 24, 0, 0, 0) + bytes(40))) == []
+
+
+# --- answers and other messages ---
+
+
+@pytest.mark.parametrize(("code", "expected"), [(0, 0), (-17, errno.EEXIST)])
+def test_answers_carry_an_errno(code: int, expected: int) -> None:
+    buffer = message(rtnl.NLMSG_ERROR, struct.pack("=i", code))
+    assert rtnl.error_of(buffer, only(buffer)) == expected
+
+
+def test_answer_without_an_errno_is_no_success() -> None:
+    buffer = message(rtnl.NLMSG_ERROR, b"")
+    assert rtnl.error_of(buffer, only(buffer)) == errno.EBADMSG
+
+
+def test_link_messages_name_their_device() -> None:
+    buffer = message(rtnl.NEWLINK, struct.pack("=BxHiII", 0, 1, 9, 0, 0))
+    assert rtnl.device_of(buffer, only(buffer)) == 9
+    assert seen(buffer) is None
+    assert rtnl.device_of(message(rtnl.NEWLINK, b""), only(message(rtnl.NEWLINK, b""))) == 0
+
+
+def test_dump_without_nexthops_asks_for_three_tables() -> None:
+    assert [only(each).kind for each in rtnl.dump_requests(DEVICE, False)] == [30, 30, 26]
+    assert [only(each).kind for each in rtnl.dump_requests(DEVICE, True)] == [30, 30, 26, 106]
+    assert rtnl.dump_requests(DEVICE, True)[3] == rtnl.nexthop_dump_request(DEVICE)
+
+
+def test_end_of_a_batch_asks_for_nothing_but_an_answer() -> None:
+    end = only(rtnl.end_of_batch(400))
+    assert (end.kind, end.flags, end.sequence, end.end) == (1, rtnl.REQUEST | rtnl.ACK, 400, 16)
+
+
+# --- what concerns us not ---
+
+
+@pytest.mark.parametrize(
+    "header",
+    [{"family": 10}, {"table": 255}, {"source": 8}, {"tos": 4}, {"flags": 0x200}, {"length": 33}],
+    ids=["IPv6", "another table", "by source", "by TOS", "a cloned route", "an impossible length"],
+)
+def test_routes_under_no_key_of_ours_are_read_over(header: dict[str, int]) -> None:
+    assert seen(route_message(**header)) is None
+
+
+def test_routes_with_a_metric_are_read_over() -> None:
+    assert seen(route_message(attribute(rtnl.RTA_PRIORITY, b"\5\0\0\0"))) is None
+
+
+@pytest.mark.parametrize("kind", [rtnl.RTA_PREFSRC, rtnl.RTA_METRICS, rtnl.RTA_FLOW, rtnl.RTA_ENCAP])
+def test_routes_that_carry_what_we_never_set_are_unequal_to_any_of_ours(kind: int) -> None:
+    hop = attribute(rtnl.RTA_NH_ID, b"\5\0\0\0")
+    assert seen(route_message(hop)) == Route(Prefix.parse("10.0.1.0/24"), nexthop=5)
+    assert seen(route_message(hop, attribute(kind, bytes(4)))) == Route(Prefix.parse("10.0.1.0/24"))
+
+
+def test_default_route_has_no_destination_attribute() -> None:
+    body = struct.pack("=BBBBBBBBI", 2, 0, 0, 0, 254, 3, 0, 1, 0)
+    assert seen(message(rtnl.NEWROUTE, body)) == Route(Prefix.parse("0.0.0.0/0"), protocol=3)
+
+
+def test_fdb_entry_with_a_port_of_its_own_is_no_plain_one() -> None:
+    mac = b"\x02\0\0\0\0\1"
+    body = struct.pack("=BBHiHBB", 7, 0, 0, DEVICE, 0x80, 2, 0)
+    plain = attribute(2, mac) + attribute(1, b"\xac\x1e\0\1")
+    assert seen(message(28, body + plain)) == Fdb(mac, b"\xac\x1e\0\1")
+    for kind in (6, 7, 8):
+        assert seen(message(28, body + plain + attribute(kind, bytes(4)))) == Fdb(mac, b"")
+
+
+@pytest.mark.parametrize(
+    ("family", "index", "flags"),
+    [(7, DEVICE + 1, 2), (7, DEVICE, 4), (2, DEVICE + 1, 0), (10, DEVICE, 0)],
+    ids=["another device", "a bridge's own", "another device's neighbour", "an IPv6 neighbour"],
+)
+def test_entries_of_others_are_read_over(family: int, index: int, flags: int) -> None:
+    body = struct.pack("=BBHiHBB", family, 0, 0, index, 0x80, flags, 0)
+    assert seen(message(28, body + attribute(1, bytes(4)) + attribute(2, bytes(6)))) is None
+
+
+def test_neighbour_without_an_address_and_nexthop_without_an_id_are_read_over() -> None:
+    assert seen(message(28, struct.pack("=BBHiHBB", 2, 0, 0, DEVICE, 0x80, 0, 0))) is None
+    assert seen(message(28, struct.pack("=BBHiHBB", 7, 0, 0, DEVICE, 0x80, 2, 0))) is None
+    assert seen(message(104, struct.pack("=BBBBI", 2, 0, PROTOCOL, 0, 0))) is None
+
+
+def test_nexthop_without_a_gateway_is_unequal_to_any_of_ours() -> None:
+    body = struct.pack("=BBBBI", 2, 0, PROTOCOL, 0, 0) + attribute(1, b"\5\0\0\0")
+    assert seen(message(104, body)) == NextHop(5, b"", 0)

@@ -1,0 +1,404 @@
+"""The lease table: which leases a host believes, whatever anybody writes, in whatever order it arrives."""
+
+import json
+from dataclasses import replace
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from subnet_lease.model import (
+    Lease,
+    LeaseAttrs,
+    LeaseInvalid,
+    NetworkConfig,
+    Prefix,
+    Vtep,
+    decode_attrs,
+    encode_attrs,
+    pack_address,
+    pack_mac,
+    parse_subnet_key,
+)
+from subnet_lease.store import Changes, Deleted, Record, Snapshot
+from subnet_lease.table import Host, LeaseTable
+
+CONFIG = NetworkConfig.parse(b'{"Network":"10.0.0.0/16","SubnetLen":24,"Backend":{"Type":"vxlan"}}')
+HOST = Host(
+    "10.0.200.0-24",
+    Prefix.parse("10.0.200.0/24"),
+    pack_address("172.30.0.200"),
+    pack_mac("02:00:00:00:00:c8"),
+    links=(Prefix.parse("10.0.128.0/22"),),
+)
+CLUSTER = 77
+
+
+def value(host: int, **changes: object) -> bytes:
+    """The lease value of host number `host`; `changes` to the JSON, None removes a key."""
+    attrs = LeaseAttrs(pack_address(f"172.30.0.{host}"), "vxlan", Vtep(1, b"\x02\0\0\0\0" + bytes([host])))
+    fields = {**json.loads(encode_attrs(attrs)), **changes}
+    return json.dumps(fields).encode()
+
+
+def record(key: str, host: int, created: int, modified: int = 0, **changes: object) -> Record:
+    return Record(key, value(host, **changes), 1, created, modified or created)
+
+
+def snapshot(*records: Record, revision: int = 100, cluster: int = CLUSTER) -> Snapshot:
+    return Snapshot(records, revision, cluster)
+
+
+def changes(*events: Record | Deleted) -> Changes:
+    return Changes(events, events[-1].mod_revision)
+
+
+def table(*records: Record) -> LeaseTable:
+    made = LeaseTable(CONFIG, HOST)
+    made.replace(snapshot(*records))
+    return made
+
+
+def accepted(made: LeaseTable) -> set[str]:
+    return {key for key, _ in made.peers()}
+
+
+# --- one lease by itself ---
+
+
+def test_good_lease_is_accepted_as_it_was_written() -> None:
+    made = table(record("10.0.1.0-24", 1, 5, 6))
+    attrs = LeaseAttrs(pack_address("172.30.0.1"), "vxlan", Vtep(1, pack_mac("02:00:00:00:00:01")))
+    assert made.accepted("10.0.1.0-24") == Lease(Prefix.parse("10.0.1.0/24"), None, attrs, 1, 5, 6)
+    assert (dict(made.rejected), made.rejected_count, made.revision) == ({}, 0, 100)
+
+
+def test_own_lease_is_neither_accepted_nor_rejected() -> None:
+    made = table(record(HOST.key, 200, 1), record("10.0.1.0-24", 1, 2))
+    assert accepted(made) == {"10.0.1.0-24"}
+    assert made.rejected_count == 0
+    assert made.apply(changes(record(HOST.key, 200, 1, 101), Deleted(HOST.key, 102))) == set()
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (record("10.1.0.0-24", 1, 5), "the subnet lies outside 10.0.0.0/16"),
+        (record("10.0.0.0-15", 1, 5), "the subnet lies outside 10.0.0.0/16"),
+        (record("10.0.200.0-25", 1, 5), "the subnet overlaps this host's own, 10.0.200.0/24"),
+        (record("10.0.192.0-20", 1, 5), "the subnet overlaps this host's own, 10.0.200.0/24"),
+        (record("10.0.130.0-24", 1, 5), "the subnet overlaps 10.0.128.0/22, which this host's underlay uses"),
+        (record("10.0.1.0-24", 1, 5, BackendType="host-gw"), "the backend is 'host-gw', the network's is 'vxlan'"),
+        (record("10.0.1.0-24", 1, 5, BackendData=None), "BackendData has no VtepMAC"),
+        (
+            record("10.0.1.0-24", 1, 5, BackendData={"VNI": 2, "VtepMAC": "02:00:00:00:00:01"}),
+            "the VNI is 2, the network's is 1",
+        ),
+        (
+            record("10.0.1.0-24", 1, 5, BackendData={"VNI": 1, "VtepMAC": "03:00:00:00:00:01"}),
+            "VtepMAC 03:00:00:00:00:01 is not the address of one device",
+        ),
+        (
+            record("10.0.1.0-24", 1, 5, BackendData={"VNI": 1, "VtepMAC": "00:00:00:00:00:00"}),
+            "VtepMAC 00:00:00:00:00:00 is not the address of one device",
+        ),
+        (
+            record("10.0.1.0-24", 1, 5, BackendData={"VNI": 1, "VtepMAC": "02:00:00:00:00:c8"}),
+            "VtepMAC 02:00:00:00:00:c8 is this host's own",
+        ),
+        (record("10.0.1.0-24", 200, 5, BackendData={"VNI": 1, "VtepMAC": "02:00:00:00:00:01"}),
+         "PublicIP 172.30.0.200 is this host's own"),
+        (record("10.0.1.0-24", 1, 5, PublicIP="10.0.7.7"), "PublicIP 10.0.7.7 lies inside the overlay, 10.0.0.0/16"),
+        (record("10.0.1.0-24", 1, 5, PublicIP="0.1.2.3"), "PublicIP 0.1.2.3 cannot be a host's address"),
+        (record("10.0.1.0-24", 1, 5, PublicIP="127.0.0.1"), "PublicIP 127.0.0.1 cannot be a host's address"),
+        (record("10.0.1.0-24", 1, 5, PublicIP="239.1.1.1"), "PublicIP 239.1.1.1 cannot be a host's address"),
+        (record("10.0.1.0-24", 1, 5, PublicIP="255.255.255.255"), "PublicIP 255.255.255.255 cannot be a host's"),
+        (record("10.0.1.0-24", 1, 5, PublicIP="nonsense"), "PublicIP: 'nonsense' is not an IP address"),
+        (record("10.0.1.9-24", 1, 5), "the key names no subnet: "),
+        (record("nonsense", 1, 5), "the key names no subnet: "),
+        (Record("10.0.1.0-24", b"", 1, 5, 5), "the value is not JSON"),
+    ],
+)  # fmt: skip
+def test_lease_that_no_host_may_believe_is_rejected_with_its_reason(bad: Record, reason: str) -> None:
+    made = table(bad, record("10.0.9.0-24", 9, 6))
+    assert accepted(made) == {"10.0.9.0-24"}
+    assert made.rejected[bad.key].startswith(reason)
+    assert made.rejected_count == 1
+
+
+def test_lease_may_not_span_more_blocks_than_any_agent_writes() -> None:
+    config = NetworkConfig.parse(b'{"Network":"10.0.0.0/8","SubnetLen":28,"Backend":{"Type":"vxlan"}}')
+    made = LeaseTable(config, HOST)
+    made.replace(snapshot(record("10.16.0.0-19", 1, 5), record("10.32.0.0-20", 2, 6)))
+    assert made.rejected == {"10.16.0.0-19": "the subnet spans more than 256 subnets of /28"}
+    assert accepted(made) == {"10.32.0.0-20"}
+
+
+def test_rejected_lease_that_is_mended_is_accepted() -> None:
+    made = table(Record("10.0.1.0-24", b"", 1, 5, 5))
+    assert made.apply(changes(record("10.0.1.0-24", 1, 5, 101))) == {"10.0.1.0-24"}
+    assert (accepted(made), made.rejected_count) == ({"10.0.1.0-24"}, 0)
+
+
+def test_accepted_lease_that_is_spoiled_is_withdrawn() -> None:
+    made = table(record("10.0.1.0-24", 1, 5))
+    assert made.apply(changes(Record("10.0.1.0-24", b"x", 1, 5, 101))) == {"10.0.1.0-24"}
+    assert accepted(made) == set()
+    assert made.apply(changes(Deleted("10.0.1.0-24", 102))) == set()
+    assert made.rejected_count == 0
+
+
+# --- leases against each other ---
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("10.0.4.0-22", "10.0.5.64-26"),
+        ("10.0.4.0-22", "10.0.7.0-24"),
+        ("10.0.5.0-24", "10.0.5.64-26"),
+        ("10.0.5.128-25", "10.0.5.128-26"),
+    ],
+)
+def test_of_overlapping_subnets_the_elder_is_accepted(one: str, other: str) -> None:
+    for elder, younger in ((one, other), (other, one)):
+        made = table(record(younger, 2, 9), record(elder, 1, 5))
+        assert accepted(made) == {elder}
+        held = elder.replace("-", "/")
+        assert made.rejected == {younger: f"the subnet overlaps {held}, which 172.30.0.1 has held for longer"}
+
+
+def test_subnets_that_share_a_block_without_overlapping_are_no_contest() -> None:
+    assert len(accepted(table(record("10.0.5.0-25", 1, 5), record("10.0.5.128-25", 2, 6)))) == 2
+
+
+def test_of_two_hosts_with_one_mac_the_elder_is_accepted() -> None:
+    thief = record("10.0.2.0-24", 2, 6, BackendData={"VNI": 1, "VtepMAC": "02:00:00:00:00:01"})
+    made = table(thief, record("10.0.1.0-24", 1, 5))
+    assert made.rejected == {"10.0.2.0-24": "VtepMAC 02:00:00:00:00:01 has longer been 172.30.0.1's"}
+
+
+def test_of_two_macs_for_one_address_the_elder_is_accepted() -> None:
+    thief = record("10.0.2.0-24", 2, 6, PublicIP="172.30.0.1")
+    made = table(thief, record("10.0.1.0-24", 1, 5))
+    assert made.rejected == {
+        "10.0.2.0-24": "PublicIP 172.30.0.1 has longer been that of 10.0.1.0/24 with VtepMAC 02:00:00:00:00:01"
+    }
+
+
+def test_of_two_leases_made_in_one_transaction_the_first_key_is_accepted() -> None:
+    assert accepted(table(record("10.0.5.0-25", 1, 5), record("10.0.5.0-24", 2, 5))) == {"10.0.5.0-24"}
+
+
+def test_host_with_several_subnets_and_one_vtep_is_no_contest() -> None:
+    assert len(accepted(table(record("10.0.1.0-24", 1, 5), record("10.0.2.0-24", 1, 6)))) == 2
+
+
+def test_renewing_a_lease_makes_it_no_younger() -> None:
+    made = table(record("10.0.5.0-24", 1, 5), record("10.0.5.0-25", 2, 6))
+    made.apply(changes(record("10.0.5.0-24", 1, 5, 101)))
+    assert accepted(made) == {"10.0.5.0-24"}
+
+
+def test_loser_is_accepted_when_the_elder_goes() -> None:
+    made = table(record("10.0.5.0-24", 1, 5), record("10.0.5.0-25", 2, 6))
+    assert made.apply(changes(Deleted("10.0.5.0-24", 101))) == {"10.0.5.0-24", "10.0.5.0-25"}
+    assert (accepted(made), made.rejected_count) == ({"10.0.5.0-25"}, 0)
+
+
+def test_loser_is_accepted_when_the_elder_gives_way() -> None:
+    made = table(record("10.0.1.0-24", 1, 5), record("10.0.2.0-24", 2, 6, PublicIP="172.30.0.1"))
+    moved = record("10.0.1.0-24", 1, 5, 101, PublicIP="172.30.0.11")
+    assert made.apply(changes(moved)) == {"10.0.1.0-24", "10.0.2.0-24"}
+    assert len(accepted(made)) == 2
+
+
+def test_accepted_lease_is_withdrawn_when_an_elder_turns_on_it() -> None:
+    made = table(record("10.0.1.0-24", 1, 5), record("10.0.2.0-24", 2, 6))
+    turned = record("10.0.1.0-24", 1, 5, 101, BackendData={"VNI": 1, "VtepMAC": "02:00:00:00:00:02"})
+    assert made.apply(changes(turned)) == {"10.0.1.0-24", "10.0.2.0-24"}
+    assert accepted(made) == {"10.0.1.0-24"}
+
+
+# --- snapshots and changes ---
+
+
+def test_changed_keys_are_those_whose_accepted_lease_differs() -> None:
+    made = LeaseTable(CONFIG, HOST)
+    one, two = record("10.0.1.0-24", 1, 5), record("10.0.2.0-24", 2, 6)
+    assert made.replace(snapshot(one, two)) == {"10.0.1.0-24", "10.0.2.0-24"}
+    assert made.replace(snapshot(one, two, revision=101)) == set()
+    assert made.apply(changes(one)) == set()
+    assert made.apply(changes(record("10.0.3.0-24", 3, 102), Deleted("10.0.3.0-24", 103))) == set()
+    assert made.replace(snapshot(two, revision=104)) == {"10.0.1.0-24"}
+    assert made.revision == 104
+
+
+def test_empty_changes_move_the_revision_alone() -> None:
+    made = table(record("10.0.1.0-24", 1, 5))
+    assert made.apply(Changes((), 150)) == set()
+    assert made.revision == 150
+
+
+@pytest.mark.parametrize(("revision", "cluster"), [(50, CLUSTER), (200, CLUSTER + 1)], ids=["restored", "another"])
+def test_revisions_of_an_older_store_or_another_cluster_prove_nothing(revision: int, cluster: int) -> None:
+    made = table(record("10.0.1.0-24", 1, 5))
+    # The same modification revision, and another value.
+    other = record("10.0.1.0-24", 9, 5)
+    assert made.replace(snapshot(other, revision=revision, cluster=cluster)) == {"10.0.1.0-24"}
+    lease = made.accepted("10.0.1.0-24")
+    assert lease is not None and lease.attrs.public_ip == pack_address("172.30.0.9")
+
+
+def test_same_revision_of_the_same_cluster_is_not_decoded_again() -> None:
+    made = table(record("10.0.1.0-24", 1, 5))
+    before = made.accepted("10.0.1.0-24")
+    made.replace(snapshot(record("10.0.1.0-24", 1, 5), revision=101))
+    assert made.accepted("10.0.1.0-24") is before
+
+
+# --- whatever is written, in whatever order ---
+
+KEYS = [
+    "10.0.1.0-24", "10.0.1.0-25", "10.0.1.128-25", "10.0.0.0-22", "10.0.2.0-23", "10.0.4.0-24", "10.0.5.0-24",
+    "10.0.200.0-25", "10.0.129.0-24", HOST.key, "10.9.0.0-24", "nonsense",
+]  # fmt: skip
+EVENTS = st.lists(
+    st.tuples(
+        st.sampled_from(KEYS),
+        st.one_of(st.none(), st.tuples(st.integers(1, 4), st.integers(1, 4)), st.just(b""), st.just(b'{"PublicIP":3}')),
+    ),
+    max_size=30,
+)
+
+
+def records_of(events: list[tuple[str, tuple[int, int] | bytes | None]]) -> list[Record | Deleted]:
+    """The events as a store would tell them: revisions count up, a key keeps its create revision while it lives."""
+    told: list[Record | Deleted] = []
+    created: dict[str, int] = {}
+    for revision, (key, content) in enumerate(events, start=1):
+        if content is None:
+            if created.pop(key, None):
+                told.append(Deleted(key, revision))
+            continue
+        if isinstance(content, tuple):
+            mac, address = content
+            vtep = {"VNI": 1, "VtepMAC": f"02:00:00:00:00:{mac:02x}"}
+            content = value(address, BackendData=vtep)
+        told.append(Record(key, content, 1, created.setdefault(key, revision), revision))
+    return told
+
+
+def in_the_end(events: list[Record | Deleted]) -> list[Record]:
+    last: dict[str, Record | Deleted] = {event.key: event for event in events}
+    return [event for event in last.values() if isinstance(event, Record)]
+
+
+def believable(records: list[Record]) -> dict[str, Lease]:
+    """What the rules say, worked out the long way: every pair compared."""
+    leases: dict[str, Lease] = {}
+    for each in records:
+        try:
+            subnet, subnet6 = parse_subnet_key(each.key)
+            attrs = decode_attrs(each.value)
+        except LeaseInvalid:
+            continue
+        protected = (HOST.subnet, *HOST.links)
+        if each.key != HOST.key and CONFIG.block.covers(subnet) and not any(map(subnet.overlaps, protected)):
+            leases[each.key] = Lease(subnet, subnet6, attrs, 1, each.create_revision, each.mod_revision)
+
+    def contest(one: Lease, other: Lease) -> bool:
+        assert one.attrs.vtep and other.attrs.vtep
+        same_mac, same_ip = one.attrs.vtep == other.attrs.vtep, one.attrs.public_ip == other.attrs.public_ip
+        return one.subnet.overlaps(other.subnet) or same_mac != same_ip
+
+    def age(key: str) -> tuple[int, str]:
+        return leases[key].create_revision, key
+
+    return {
+        key: lease
+        for key, lease in leases.items()
+        if not any(contest(lease, leases[other]) for other in leases if age(other) < age(key))
+    }
+
+
+@settings(max_examples=500, deadline=None)
+@given(events=EVENTS, sizes=st.lists(st.integers(1, 5), min_size=30, max_size=30), shuffled=st.randoms())
+def test_outcome_depends_on_the_records_alone(
+    events: list[tuple[str, tuple[int, int] | bytes | None]], sizes: list[int], shuffled: Random
+) -> None:
+    told = records_of(events)
+    final = in_the_end(told)
+    step_by_step = LeaseTable(CONFIG, HOST)
+    step_by_step.replace(Snapshot((), 0, CLUSTER))
+    left = list(told)
+    for size in sizes:
+        batch, left = left[:size], left[size:]
+        if batch:
+            before = dict(step_by_step.peers())
+            changed = step_by_step.apply(changes(*batch))
+            after = dict(step_by_step.peers())
+            assert changed == {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    at_once = table()
+    shuffled.shuffle(final)
+    at_once.replace(snapshot(*final, cluster=CLUSTER + 1))
+    assert dict(at_once.peers()) == dict(step_by_step.peers()) == believable(final)
+    assert at_once.rejected.keys() == step_by_step.rejected.keys()
+    assert at_once.rejected.keys() == {each.key for each in final} - believable(final).keys() - {HOST.key}
+    assert at_once.rejected_count == len(at_once.rejected)
+
+
+@settings(max_examples=300, deadline=None)
+@given(events=EVENTS)
+def test_accepted_leases_never_collide(events: list[tuple[str, tuple[int, int] | bytes | None]]) -> None:
+    made = LeaseTable(CONFIG, HOST)
+    for event in records_of(events):
+        made.apply(changes(event))
+        leases = [lease for _, lease in made.peers()]
+        vteps = [lease.attrs.vtep for lease in leases if lease.attrs.vtep is not None]
+        pairs = {(vtep.mac, lease.attrs.public_ip) for vtep, lease in zip(vteps, leases, strict=True)}
+        assert len({mac for mac, _ in pairs}) == len({address for _, address in pairs}) == len(pairs)
+        for number, lease in enumerate(leases):
+            assert not any(lease.subnet.overlaps(other.subnet) for other in leases[:number])
+            assert not any(lease.subnet.overlaps(protected) for protected in (HOST.subnet, *HOST.links))
+            assert CONFIG.block.covers(lease.subnet)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(
+        st.builds(
+            Record,
+            st.one_of(st.sampled_from(KEYS), st.text(max_size=30), st.from_regex(r"10\.0\.[0-9]{1,3}\.0-[0-9]{1,2}")),
+            st.one_of(
+                st.binary(max_size=60),
+                st.recursive(
+                    st.one_of(st.none(), st.booleans(), st.floats(), st.integers(), st.text()),
+                    lambda inner: st.one_of(
+                        st.lists(inner, max_size=3),
+                        st.dictionaries(
+                            st.sampled_from(["PublicIP", "BackendType", "BackendData", "VNI", "VtepMAC", "PublicIPv6"]),
+                            st.one_of(inner, st.sampled_from(["vxlan", "172.30.0.1", "02:00:00:00:00:01", 1])),
+                            max_size=6,
+                        ),
+                    ),
+                    max_leaves=12,
+                ).map(lambda decoded: json.dumps(decoded).encode()),
+                st.integers(1, 9).map(value),
+            ),
+            st.integers(0, 5),
+            st.integers(1, 9),
+            st.integers(1, 9),
+        ),
+        max_size=12,
+        unique_by=lambda each: each.key,
+    )
+)
+def test_hostile_records_never_raise(records: list[Record]) -> None:
+    made = table(*records)
+    made.apply(changes(*(replace(each, mod_revision=each.mod_revision + 1) for each in records), Deleted("x", 200)))
+    keys = {each.key for each in records} - {HOST.key}
+    assert accepted(made) | made.rejected.keys() == keys
+    assert not accepted(made) & made.rejected.keys()
+    assert all(reason.isprintable() and len(reason) < 300 for reason in made.rejected.values())
