@@ -1,0 +1,476 @@
+"""The keeper against real etcd processes: one host, one subnet, whatever happens to either."""
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from structlog.testing import capture_logs
+
+from subnet_lease.etcd import EtcdStore
+from subnet_lease.keeper import Keeper, release_lease
+from subnet_lease.model import (
+    Lease,
+    LeaseAttrs,
+    NetworkConfig,
+    Prefix,
+    Vtep,
+    encode_attrs,
+    pack_address,
+    subnet_key,
+)
+from subnet_lease.store import Record, StoreUnavailable
+from tests.faults.etcd_process import EtcdProcess, wait_until
+
+pytestmark = pytest.mark.fault
+
+CONFIG = NetworkConfig.parse(b'{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}')
+
+
+def network(first: int, last: int) -> NetworkConfig:
+    """10.5.0.0/16 of which 10.5.first.0/24 to 10.5.last.0/24 may be handed out."""
+    text = '{"Network":"10.5.0.0/16","SubnetMin":"10.5.%d.0","SubnetMax":"10.5.%d.0","Backend":{"Type":"vxlan"}}'
+    return NetworkConfig.parse((text % (first, last)).encode())
+
+
+def address(number: int) -> bytes:
+    return bytes((192, 168, number >> 8, number & 255))
+
+
+def value_of(number: int) -> bytes:
+    """What the host of this number publishes when it has no lease yet."""
+    return encode_attrs(attrs(number))
+
+
+def attrs(number: int, mac: bytes | None = None) -> LeaseAttrs:
+    return LeaseAttrs(address(number), "vxlan", Vtep(1, mac or bytes((2, 0, 0, 0, number >> 8, number & 255))))
+
+
+class Host:
+    """A keeper and what it told its host. Its MAC is the one of its lease, else derived from its number."""
+
+    def __init__(
+        self,
+        store: EtcdStore,
+        number: int = 1,
+        *,
+        config: NetworkConfig = CONFIG,
+        ttl: int = 60,
+        renew_margin: int = 20,
+        preferred: str | None = None,
+    ) -> None:
+        self.number = number
+        self.leases: list[Lease] = []
+        self.keeper = Keeper(
+            store,
+            config,
+            address(number),
+            self.attrs_for,
+            ttl=ttl,
+            renew_margin=renew_margin,
+            preferred=None if preferred is None else Prefix.parse(preferred),
+            on_lease=self.leases.append,
+        )
+
+    def attrs_for(self, previous: Lease | None) -> LeaseAttrs:
+        vtep = previous.attrs.vtep if previous else None
+        return attrs(self.number, vtep.mac if vtep else None)
+
+    def acquire(self) -> Lease:
+        lease = self.keeper.acquire()
+        assert lease is not None
+        return lease
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        thread = threading.Thread(target=self.keeper.run)
+        thread.start()
+        try:
+            yield
+        finally:
+            self.keeper.stop()
+            thread.join(10)
+            assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EtcdProcess]:
+    """An etcd that tests leave running; each uses a prefix of its own."""
+    with EtcdProcess(tmp_path_factory.mktemp("etcd")) as etcd:
+        yield etcd
+
+
+@pytest.fixture
+def store(shared: EtcdProcess, request: pytest.FixtureRequest) -> Iterator[EtcdStore]:
+    with contextlib.closing(shared.store(f"/test/{request.node.name}")) as store:
+        yield store
+
+
+@pytest.fixture
+def fragile(tmp_path: Path) -> Iterator[EtcdProcess]:
+    """An etcd of the test's own, to be harmed."""
+    with EtcdProcess(tmp_path / "etcd") as etcd:
+        yield etcd
+
+
+def records(store: EtcdStore) -> dict[str, Record]:
+    return {record.key: record for record in store.snapshot().records}
+
+
+# --- taking a subnet ---
+
+
+def test_a_new_host_takes_a_free_subnet_with_an_etcd_lease(store: EtcdStore) -> None:
+    lease = Host(store).acquire()
+    record = records(store)[subnet_key(lease.subnet)]
+    assert CONFIG.block.covers(lease.subnet)
+    assert record.value == value_of(1)
+    assert (record.etcd_lease, record.mod_revision) == (lease.etcd_lease, lease.mod_revision)
+    assert 50 < store.time_left(lease.etcd_lease) <= 60
+
+
+def test_hosts_that_race_for_the_last_subnets_all_get_one_of_their_own(shared: EtcdProcess) -> None:
+    config = network(1, 20)
+    leases: dict[int, Lease] = {}
+    start = threading.Barrier(20)
+
+    def take(number: int) -> None:
+        with contextlib.closing(shared.store("/test/race", timeout=20.0)) as store:
+            host = Host(store, number, config=config)
+            start.wait()
+            leases[number] = host.acquire()
+
+    threads = [threading.Thread(target=take, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert leases.keys() == set(range(20))
+    assert len({lease.subnet for lease in leases.values()}) == 20
+    with contextlib.closing(shared.store("/test/race")) as store:
+        found = records(store)
+    assert len(found) == 20
+    for number, lease in leases.items():
+        assert found[subnet_key(lease.subnet)].value == value_of(number)
+        assert found[subnet_key(lease.subnet)].etcd_lease == lease.etcd_lease
+
+
+def test_a_preferred_subnet_is_taken_if_it_is_free_and_another_if_not(store: EtcdStore) -> None:
+    assert str(Host(store, 1, preferred="10.5.77.0/24").acquire().subnet) == "10.5.77.0/24"
+    assert str(Host(store, 2, preferred="10.5.77.0/24").acquire().subnet) != "10.5.77.0/24"
+
+
+def test_keys_with_unreadable_values_are_not_handed_out(store: EtcdStore) -> None:
+    for number in (1, 2, 4):
+        store.create(f"10.5.{number}.0-24", b"garbage", 0)
+    store.create("no subnet", b"", 0)
+    assert str(Host(store, config=network(1, 4)).acquire().subnet) == "10.5.3.0/24"
+
+
+def test_an_exhausted_network_is_said_once_and_served_when_a_subnet_is_freed(store: EtcdStore) -> None:
+    taken = store.create("10.5.1.0-24", value_of(9), 0)
+    host = Host(store, config=network(1, 1))
+    with capture_logs() as logs, host.running():
+        wait_until(lambda: any(entry["event"] == "subnet_exhausted" for entry in logs))
+        time.sleep(1)
+        assert store.delete("10.5.1.0-24", taken)
+        wait_until(lambda: host.leases)
+    assert str(host.leases[0].subnet) == "10.5.1.0/24"
+    shouts = [entry for entry in logs if entry["event"] == "subnet_exhausted"]
+    assert len(shouts) == 1
+    assert shouts[0]["log_level"] == "error"
+    assert "all 1 subnets of /24" in shouts[0]["reason"]
+
+
+# --- coming back ---
+
+
+def test_a_restart_finds_its_lease_and_writes_nothing(store: EtcdStore) -> None:
+    first = Host(store).acquire()
+    revision = store.snapshot().revision
+    again = Host(store, preferred="10.5.200.0/24").acquire()
+    assert again == first
+    assert store.snapshot().revision == revision
+
+
+def test_a_restart_renews_the_etcd_lease(store: EtcdStore) -> None:
+    lease = Host(store, ttl=4).acquire()
+    wait_until(lambda: store.time_left(lease.etcd_lease) <= 2)
+    Host(store, ttl=4).acquire()
+    assert store.time_left(lease.etcd_lease) >= 3
+
+
+def test_a_lease_of_flanneld_is_taken_over_with_its_mac_and_etcd_lease(store: EtcdStore) -> None:
+    etcd_lease = store.grant(86400)
+    mac = bytes.fromhex("160ae4092d56")
+    created = store.create("10.5.6.0-24", encode_attrs(attrs(1, mac)).replace(b'"VNI":1,', b'"VNI":1, '), etcd_lease)
+    lease = Host(store).acquire()
+    assert (str(lease.subnet), lease.etcd_lease, lease.create_revision) == ("10.5.6.0/24", etcd_lease, created)
+    assert records(store)["10.5.6.0-24"].value == encode_attrs(attrs(1, mac))
+    assert records(store)["10.5.6.0-24"].mod_revision == lease.mod_revision > created
+
+
+def test_of_several_leases_the_eldest_is_kept_unless_another_is_preferred(store: EtcdStore) -> None:
+    for number in (8, 3, 5):
+        store.create(f"10.5.{number}.0-24", value_of(1), store.grant(60))
+    assert str(Host(store).acquire().subnet) == "10.5.8.0/24"
+    assert str(Host(store, preferred="10.5.5.0/24").acquire().subnet) == "10.5.5.0/24"
+
+
+def test_leases_outside_the_network_are_not_ours_to_use(store: EtcdStore) -> None:
+    for key in ("10.6.1.0-24", "10.5.128.0-17", "10.5.9.0-25"):
+        store.create(key, value_of(1), store.grant(60))
+    lease = Host(store).acquire()
+    assert lease.subnet.length == 24
+    assert CONFIG.block.covers(lease.subnet)
+    assert not lease.subnet.overlaps(Prefix.parse("10.5.128.0/17"))
+
+
+def test_a_reservation_is_used_as_it_is(store: EtcdStore) -> None:
+    created = store.create("10.5.6.0-24", value_of(1), 0)
+    host = Host(store)
+    lease = host.acquire()
+    assert (str(lease.subnet), lease.reserved, lease.mod_revision) == ("10.5.6.0/24", True, created)
+    host.keeper.release()
+    assert records(store)["10.5.6.0-24"] == Record("10.5.6.0-24", value_of(1), 0, created, created)
+
+
+def test_a_reservation_with_another_value_is_published_and_stays_one(store: EtcdStore) -> None:
+    store.create("10.5.6.0-24", b'{"PublicIP":"192.168.0.1","BackendType":"vxlan"}', 0)
+    lease = Host(store).acquire()
+    assert lease.reserved
+    record = records(store)["10.5.6.0-24"]
+    assert (record.value, record.etcd_lease, record.mod_revision) == (value_of(1), 0, lease.mod_revision)
+
+
+# --- keeping it ---
+
+
+def test_a_lease_is_renewed_before_its_end_without_a_write(store: EtcdStore) -> None:
+    host = Host(store, ttl=3, renew_margin=2)
+    lease = host.acquire()
+    with capture_logs() as logs, host.running():
+        wait_until(lambda: len([entry for entry in logs if entry["event"] == "lease_renewed"]) >= 3)
+        assert store.time_left(lease.etcd_lease) > 0
+    # Of its own record, not of the store: what other tests left there may run out meanwhile.
+    assert records(store)[subnet_key(lease.subnet)].mod_revision == lease.mod_revision
+    assert host.leases == []
+
+
+def test_a_lease_that_ended_is_taken_again_with_the_same_subnet_and_mac(store: EtcdStore) -> None:
+    host = Host(store, ttl=4, renew_margin=2)
+    first = host.acquire()
+    store.revoke(first.etcd_lease)
+    with capture_logs() as logs, host.running():
+        wait_until(lambda: host.leases)
+    assert host.leases[0].subnet == first.subnet
+    assert host.leases[0].etcd_lease != first.etcd_lease
+    assert host.leases[0].attrs == first.attrs
+    assert [entry["log_level"] for entry in logs if entry["event"] == "lease_lost"] == ["warning"]
+
+
+def test_a_lease_that_expired_while_the_agent_was_away_is_taken_again(store: EtcdStore) -> None:
+    first = Host(store, ttl=2).acquire()
+    wait_until(lambda: not store.snapshot().records)
+    assert Host(store, preferred=str(first.subnet)).acquire().subnet == first.subnet
+
+
+def test_a_key_deleted_by_hand_comes_back_at_once(store: EtcdStore) -> None:
+    host = Host(store)
+    first = host.acquire()
+    with host.running():
+        assert store.delete(subnet_key(first.subnet), first.mod_revision)
+        host.keeper.check()
+        wait_until(lambda: host.leases, 3)
+    assert host.leases[0].subnet == first.subnet
+    assert records(store)[subnet_key(first.subnet)].value == value_of(1)
+
+
+def test_a_key_taken_by_another_host_is_left_to_it(store: EtcdStore) -> None:
+    host = Host(store)
+    first = host.acquire()
+    key = subnet_key(first.subnet)
+    with capture_logs() as logs, host.running():
+        assert store.replace(key, value_of(2), store.grant(60), first.mod_revision)
+        host.keeper.check()
+        wait_until(lambda: host.leases, 3)
+    assert host.leases[0].subnet != first.subnet
+    assert records(store)[key].value == value_of(2)
+    assert any(entry["event"] == "lease_lost" for entry in logs)
+
+
+def test_a_foreign_value_on_our_key_is_put_right(store: EtcdStore) -> None:
+    host = Host(store)
+    first = host.acquire()
+    key = subnet_key(first.subnet)
+    with host.running():
+        forged = value_of(1).replace(b'"vxlan"', b'"udp"')
+        assert store.replace(key, forged, first.etcd_lease, first.mod_revision)
+        host.keeper.check()
+        wait_until(lambda: records(store)[key].value == value_of(1), 3)
+        wait_until(lambda: host.leases, 3)
+    assert host.leases[0].subnet == first.subnet
+
+
+def test_a_check_that_finds_all_well_writes_and_tells_nothing(store: EtcdStore) -> None:
+    host = Host(store, ttl=60)
+    host.acquire()
+    revision = store.snapshot().revision
+    with host.running():
+        host.keeper.check()
+        wait_until(lambda: not host.keeper._wake.is_set())
+    assert (host.leases, store.snapshot().revision) == ([], revision)
+
+
+def test_a_host_that_moves_publishes_its_new_address_in_the_same_lease(store: EtcdStore) -> None:
+    host = Host(store)
+    first = host.acquire()
+    with host.running():
+        host.number = 7
+        host.keeper.move(address(7))
+        wait_until(lambda: host.leases, 3)
+    assert (host.leases[0].subnet, host.leases[0].etcd_lease) == (first.subnet, first.etcd_lease)
+    mac = first.attrs.vtep.mac if first.attrs.vtep else None
+    assert [record.value for record in records(store).values()] == [encode_attrs(attrs(7, mac))]
+
+
+# --- faults ---
+
+
+def test_an_etcd_away_at_the_start_is_waited_for(fragile: EtcdProcess) -> None:
+    fragile.stop()
+    with contextlib.closing(fragile.store()) as store:
+        host = Host(store)
+        with capture_logs() as logs, host.running():
+            wait_until(lambda: any(entry["event"] == "store_unreachable" for entry in logs))
+            fragile.start()
+            wait_until(lambda: host.leases)
+        events = [entry["event"] for entry in logs if entry["log_level"] != "debug"]
+        assert events == ["store_unreachable", "store_reachable", "lease_acquired"]
+
+
+def test_an_etcd_away_beyond_the_end_of_the_lease_is_waited_for(fragile: EtcdProcess) -> None:
+    with contextlib.closing(fragile.store()) as store:
+        host = Host(store, ttl=2, renew_margin=1)
+        first = host.acquire()
+        with capture_logs() as logs, host.running():
+            fragile.kill()
+            wait_until(lambda: any(entry["event"] == "store_unreachable" for entry in logs))
+            fragile.start()
+            wait_until(lambda: any(entry["event"] == "store_reachable" for entry in logs))
+            wait_until(lambda: records_or_none(store))
+            assert [record.value for record in store.snapshot().records] == [value_of(1)]
+            assert host.keeper.lease is not None
+            assert host.keeper.lease.subnet == first.subnet
+
+
+def records_or_none(store: EtcdStore) -> object:
+    try:
+        return store.snapshot().records
+    except StoreUnavailable:
+        return None
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_a_create_without_an_answer_ends_in_exactly_one_lease(fragile: EtcdProcess, applied: bool) -> None:
+    """The store is cut off right after, or right before, the transaction takes place."""
+    with contextlib.closing(fragile.store(timeout=1.0)) as store, contextlib.closing(fragile.store()) as observer:
+        create = store.create
+        harmed: list[int] = []
+
+        def harmful(key: str, value: bytes, etcd_lease: int) -> int:
+            if harmed:
+                return create(key, value, etcd_lease)
+            harmed.append(etcd_lease)
+            if applied:
+                assert create(key, value, etcd_lease)
+                fragile.pause()
+                threading.Timer(2.5, fragile.resume).start()
+                raise StoreUnavailable("cut off")
+            # Sent to a frozen etcd, which finds it in its socket when it wakes: an answer nobody waits for.
+            fragile.pause()
+            threading.Timer(2.5, fragile.resume).start()
+            return create(key, value, etcd_lease)
+
+        store.create = harmful  # type: ignore[method-assign]
+        host = Host(store)
+        lease = host.acquire()
+        assert harmed
+        found = observer.snapshot().records
+        assert [(record.key, record.etcd_lease) for record in found] == [(subnet_key(lease.subnet), lease.etcd_lease)]
+        if applied:
+            assert lease.etcd_lease == harmed[0]
+        # The first grant is in use or ended; it cannot come true later.
+        assert lease.etcd_lease == harmed[0] or observer.time_left(harmed[0]) == 0
+
+
+def test_an_etcd_killed_in_the_middle_ends_in_exactly_one_lease(fragile: EtcdProcess) -> None:
+    with contextlib.closing(fragile.store(timeout=1.0)) as store, contextlib.closing(fragile.store()) as observer:
+        hosts = [Host(store, number) for number in range(5)]
+        with contextlib.ExitStack() as stack:
+            for host in hosts:
+                stack.enter_context(host.running())
+            fragile.restart()
+            wait_until(lambda: all(host.keeper.lease for host in hosts))
+        found = observer.snapshot().records
+        assert sorted(record.value for record in found) == sorted(map(value_of, range(5)))
+
+
+def test_a_stop_ends_a_wait_at_once(fragile: EtcdProcess) -> None:
+    fragile.kill()
+    with contextlib.closing(fragile.store()) as store, capture_logs() as logs:
+        host = Host(store)
+        got: list[Lease | None] = []
+        thread = threading.Thread(target=lambda: got.append(host.keeper.acquire()))
+        thread.start()
+        wait_until(lambda: any(entry["event"] == "store_unreachable" for entry in logs))
+        began = time.monotonic()
+        host.keeper.stop()
+        thread.join(10)
+        assert time.monotonic() - began < 0.5
+        assert got == [None]
+
+
+def test_an_etcd_that_is_away_costs_no_cpu(fragile: EtcdProcess) -> None:
+    fragile.kill()
+    with contextlib.closing(fragile.store()) as store, capture_logs() as logs:
+        host = Host(store)
+        with host.running():
+            wait_until(lambda: any(entry["event"] == "store_unreachable" for entry in logs))
+            spent = time.process_time()
+            time.sleep(3)
+            spent = time.process_time() - spent
+    assert spent < 0.1
+
+
+# --- giving it back ---
+
+
+def test_a_release_frees_the_subnet_and_ends_the_etcd_lease(store: EtcdStore) -> None:
+    host = Host(store)
+    lease = host.acquire()
+    host.keeper.release()
+    host.keeper.release()
+    assert store.snapshot().records == ()
+    assert store.time_left(lease.etcd_lease) == 0
+
+
+def test_a_lease_is_released_for_an_agent_that_no_longer_runs(store: EtcdStore) -> None:
+    mine, other = Host(store, 1).acquire(), Host(store, 2).acquire()
+    released = release_lease(store, address(1))
+    assert released == mine
+    assert not released.reserved
+    assert store.time_left(mine.etcd_lease) == 0
+    assert records(store).keys() == {subnet_key(other.subnet)}
+    assert release_lease(store, address(1)) is None
+
+
+def test_a_reservation_is_not_released_and_is_reported(store: EtcdStore) -> None:
+    store.create("10.5.6.0-24", value_of(1), 0)
+    kept = release_lease(store, address(1))
+    assert kept is not None
+    assert kept.reserved
+    assert kept.attrs.public_ip == pack_address("192.168.0.1")
+    assert records(store).keys() == {"10.5.6.0-24"}
