@@ -1,0 +1,116 @@
+"""Where a contender runs: a fresh network namespace with an underlay, and the means to act and to look inside it."""
+
+import contextlib
+import ctypes
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from overlay.netns import NETNS, Namespace, create, delete
+from subnet_lease.model import Lease, format_address, format_mac
+from tests.bench.peers import DEVICE, ETCD_IP, OWN_IP, UNDERLAY
+
+T = TypeVar("T")
+
+_CLONE_NEWNET = 0x40000000
+
+
+class Mismatch(Exception):
+    """The kernel does not hold what etcd calls for; the text says what is missing or wrong."""
+
+
+@contextlib.contextmanager
+def hub() -> Iterator[Namespace]:
+    """The namespace where etcd lives, at ETCD_IP on the underlay of whichever place there is."""
+    name = f"oabench-{os.getpid()}-hub"
+    create([name])
+    try:
+        found = Namespace(name)
+        found.ip("link set lo up")
+        yield found
+    finally:
+        delete([name])
+
+
+@contextlib.contextmanager
+def fresh_place(hub: Namespace) -> Iterator[Namespace]:
+    """A namespace whose `eth0` is the underlay, with the hub at its other end. It is empty before it is deleted.
+
+    The kernel tears a namespace down later and beside other work, which would disturb the next measurement; so what
+    takes long to remove is removed here.
+    """
+    name = f"oabench-{os.getpid()}"
+    create([name])
+    place = Namespace(name)
+    try:
+        place.ip(
+            "link set lo up",
+            f"link add eth0 type veth peer place netns {hub.netns}",
+            f"addr add {OWN_IP}/{UNDERLAY.length} dev eth0",
+            "link set eth0 up",
+            f"route add default via {ETCD_IP}",
+        )
+        hub.ip(f"addr add {ETCD_IP}/{UNDERLAY.length} dev place", "link set place up")
+        yield place
+    finally:
+        # Routes before nexthops: a nexthop object in use costs the kernel a walk over all routes.
+        place.run("ip", "route", "flush", "table", "main", seconds=120)
+        place.run("ip", "nexthop", "flush", seconds=120)
+        place.run("ip", "link", "delete", DEVICE, seconds=120)
+        place.run("ip", "link", "delete", "eth0", seconds=120)
+        delete([name])
+
+
+def make_device(place: Namespace) -> int:
+    """The VXLAN device as the agent makes it, for contenders that have no agent; its interface index."""
+    place.ip(
+        f"link add {DEVICE} type vxlan id 1 dev eth0 local {OWN_IP} dstport 8472 nolearning",
+        f"addr add 10.0.0.0/32 dev {DEVICE}",
+        f"link set {DEVICE} up",
+    )
+    return int(place.json("ip", "link", "show", "dev", DEVICE)[0]["ifindex"])
+
+
+def inside(place: Namespace, work: Callable[[], T]) -> T:
+    """Run `work` in a thread that has entered the namespace; sockets and processes it makes belong there.
+
+    For processes to be timed: `ip netns exec` would be counted with them.
+    """
+
+    def entered() -> T:
+        with (NETNS / place.netns).open() as handle:
+            if ctypes.CDLL(None, use_errno=True).setns(handle.fileno(), _CLONE_NEWNET):
+                raise OSError(ctypes.get_errno(), f"cannot enter {place.netns}")
+        return work()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(entered).result()
+
+
+def compare(place: Namespace, peers: Sequence[Lease], *, nexthops: bool) -> None:
+    """Mismatch unless the kernel, asked with iproute2, holds exactly the entries of these peers."""
+    fdb = {row["mac"]: row["dst"] for row in place.json("bridge", "fdb", "show", "dev", DEVICE) if "dst" in row}
+    neighbours = {row["dst"]: row["lladdr"] for row in place.json("ip", "-4", "neigh", "show", "dev", DEVICE)}
+    gateways = {row["id"]: row["gateway"] for row in place.json("ip", "nexthop", "show", "dev", DEVICE)}
+    routes = {
+        row["dst"]: gateways.get(row["nhid"]) if "nhid" in row else row["gateway"]
+        for row in place.json("ip", "-4", "route", "show", "dev", DEVICE)
+    }
+    wanted_fdb, wanted_neighbours, wanted_routes = {}, {}, {}
+    for peer in peers:
+        assert peer.attrs.vtep is not None
+        base, mac = format_address(peer.subnet.base), format_mac(peer.attrs.vtep.mac)
+        wanted_fdb[mac] = format_address(peer.attrs.public_ip)
+        wanted_neighbours[base] = mac
+        wanted_routes[str(peer.subnet)] = base
+    for what, wanted, found in (
+        ("FDB", wanted_fdb, fdb),
+        ("neighbour", wanted_neighbours, neighbours),
+        ("route", wanted_routes, routes),
+    ):
+        if wanted != found:
+            wrong = len(wanted.items() ^ found.items())
+            raise Mismatch(f"{len(wanted)} {what} entries wanted, {len(found)} found, {wrong} differ")
+    if len(gateways) != (len(peers) if nexthops else 0):
+        raise Mismatch(f"{len(gateways)} nexthop objects for {len(peers)} peers")
