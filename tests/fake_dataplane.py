@@ -121,7 +121,8 @@ class FakeKernel:
     def ensure_device(self, spec: DeviceSpec) -> tuple[str, ...]:
         with self.lock:
             self._maybe_fail("ensure_device")
-            found, changes = self.found, ()
+            found = self.found
+            changes: tuple[str, ...] = ()
             if found is not None and (reason := incompatibility(spec, found)):
                 if found.kind != "vxlan":
                     raise DeviceOccupied(f"an interface {spec.name} exists and {reason}")

@@ -60,15 +60,16 @@ def spec(link: int) -> DeviceSpec:
 
 class FakeWorld:
     def __init__(self) -> None:
-        self.kernel = FakeKernel()
-        self.stranger = self.kernel.stranger
+        fake = FakeKernel()
+        self.kernel: Dataplane = fake
+        self.stranger: Writer = fake.stranger
         self.spec = spec(2)
-        self.set_down = self.kernel.set_down
-        self.set_up = self.kernel.set_up
-        self.set_mac = self.kernel.set_mac
-        self.remove_address = self.kernel.remove_address
-        self.delete_device = self.kernel.delete_device
-        self.prepend_route = self.kernel.prepend_route
+        self.set_down = fake.set_down
+        self.set_up = fake.set_up
+        self.set_mac = fake.set_mac
+        self.remove_address = fake.remove_address
+        self.delete_device = fake.delete_device
+        self.prepend_route = fake.prepend_route
 
 
 class Foreign:
@@ -84,8 +85,8 @@ class Foreign:
 
 class RealWorld:
     def __init__(self, kernel: Kernel, other: Kernel) -> None:
-        self.kernel = kernel
-        self.stranger = Foreign(other, kernel)
+        self.kernel: Dataplane = kernel
+        self.stranger: Writer = Foreign(other, kernel)
         self.spec = spec(veth("under0", "under1", "172.30.0.5/24"))
 
     def set_down(self) -> None:
@@ -191,7 +192,7 @@ def test_equal_rewrites_are_accepted_and_change_nothing(world: World) -> None:
 
 def test_put_replaces_what_stands_under_the_key(world: World) -> None:
     put(world, *peer(world, 1), hop(world, 2), neighbour(2), fdb(2))
-    changed = [
+    changed: list[Entry] = [
         fdb(1, "172.30.0.77"),
         Neighbour(subnet(1).base, mac(9)),
         NextHop(hop(world, 1).id, subnet(7).base, world.kernel.device),

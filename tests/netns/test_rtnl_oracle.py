@@ -101,6 +101,11 @@ def generated(seed: int, device: int) -> Iterator[tuple[Fdb, Neighbour, NextHop,
         )
 
 
+def through_nexthops(peers: list[tuple[Fdb, Neighbour, NextHop, Route, Route]]) -> list[Entry]:
+    """All their entries but the plain routes."""
+    return [entry for fdb, neighbour, hop, route, _ in peers for entry in (fdb, neighbour, hop, route)]
+
+
 # --- building ---
 
 
@@ -138,7 +143,7 @@ def test_route_messages_are_those_of_pyroute2(kernel: Kernel, pyroute: Recorder)
 
 def test_what_we_put_pyroute2_and_iproute2_read_the_same(kernel: Kernel) -> None:
     peers = list(generated(5, kernel.device))
-    results = kernel.apply([Put(entry) for *entries, _ in peers for entry in entries])
+    results = kernel.apply([Put(entry) for entry in through_nexthops(peers)])
     assert not any(code for _, code in results)
     macs = {format_mac(fdb.mac): format_address(fdb.remote) for fdb, *_ in peers}
     addresses = {format_address(neighbour.address): format_mac(neighbour.mac) for _, neighbour, *_ in peers}
@@ -181,7 +186,7 @@ def test_what_iproute2_makes_we_read_the_same(kernel: Kernel) -> None:
 @pytest.mark.parametrize("seed", range(5))
 def test_every_kind_of_entry_comes_back_from_the_kernel_as_it_was_put(kernel: Kernel, seed: int) -> None:
     peers = list(generated(seed, kernel.device))
-    through_hops = [entry for *entries, _ in peers for entry in entries]
+    through_hops = through_nexthops(peers)
     assert not any(code for _, code in kernel.apply([Put(entry) for entry in sorted(through_hops, key=_rank)]))
     assert sorted(map(repr, kernel.dump(True))) == sorted(map(repr, through_hops))
     # And once more with gateways of their own, in the place of those through nexthop objects.
@@ -189,7 +194,7 @@ def test_every_kind_of_entry_comes_back_from_the_kernel_as_it_was_put(kernel: Ke
     assert not any(code for _, code in kernel.apply([Put(route) for route in plain]))
     there = [entry for entry in kernel.dump(True) if entry.rank is Rank.ROUTE]
     assert sorted(map(repr, there)) == sorted(map(repr, plain))
-    everything = [*(entry for entry in through_hops if entry.rank is not Rank.ROUTE), *plain]
+    everything: list[Entry] = [*(entry for entry in through_hops if entry.rank is not Rank.ROUTE), *plain]
     assert not any(code for _, code in kernel.apply([Drop(entry) for entry in sorted(everything, key=_rank)[::-1]]))
     assert kernel.dump(True) == []
 
@@ -198,7 +203,7 @@ def test_notifications_say_what_dumps_say(kernel: Kernel) -> None:
     kernel.observe()
     stranger = Kernel()
     stranger.device = kernel.device
-    entries = [entry for *entries, _ in generated(9, kernel.device) for entry in entries]
+    entries = through_nexthops(list(generated(9, kernel.device)))
     stranger.apply([Put(entry) for entry in entries])
     stranger.close()
     assert list(kernel.observe().sights) == entries

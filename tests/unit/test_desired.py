@@ -3,7 +3,7 @@
 import pytest
 
 from overlay.desired import Local, entries_for, nexthop_id, ours
-from overlay.model import NEXTHOP_BASE, NEXTHOP_SPAN, Entry, Fdb, Gone, Neighbour, NextHop, Rank, Route
+from overlay.model import NEXTHOP_BASE, NEXTHOP_SPAN, Entry, Fdb, Neighbour, NextHop, Rank, Route
 from subnet_lease.model import Lease, LeaseAttrs, Prefix, Vtep, pack_address, pack_mac
 
 NETWORK = Prefix.parse("10.0.0.0/8")
@@ -77,7 +77,3 @@ def test_entries_that_are_not_plain_have_words_too() -> None:
     assert str(Fdb(MAC, b"")) == "fdb 02:00:00:00:00:01 dst several"
     assert str(NextHop(5, b"", 7)) == "nexthop 5 via nothing"
     assert str(Route(Prefix.parse("10.5.34.0/24"), protocol=3)) == "route 10.5.34.0/24 protocol 3"
-
-
-def test_removal_is_not_equal_to_the_entry() -> None:
-    assert Gone(Fdb(MAC, b"")) != Fdb(MAC, b"")

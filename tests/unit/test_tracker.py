@@ -176,6 +176,15 @@ def test_refusal_is_forgotten_when_the_peer_leaves() -> None:
     assert (made.pending(), dict(made.refused)) == ([], {})
 
 
+def test_refusal_of_what_is_no_longer_wanted_leaves_nothing_to_do() -> None:
+    made = tracker()
+    made.want("1", peer(1))
+    ops = made.pending()
+    made.want("1", ())
+    made.settle([(op, errno.EINVAL) for op in ops])
+    assert made.pending() == []
+
+
 def test_dump_forgets_refusals_and_keeps_the_gap() -> None:
     made = tracker()
     made.want("1", peer(1))
@@ -214,6 +223,15 @@ def test_nexthop_and_route_removed_and_made_again_by_somebody_is_nothing() -> No
     *_, hop, route = peer(1)
     assert made.saw([Gone(hop), hop, route]) == []
     assert made.saw([Gone(hop), hop, route, Gone(hop)]) == [Drift(hop, None), Drift(route, None)]
+
+
+def test_route_moved_to_another_nexthop_outlives_the_one_it_stood_on() -> None:
+    made = converged(1, 2, 3)
+    *_, first_hop, first_route = peer(1)
+    *_, hop, route = peer(2)
+    moved = Route(lease(2, 2).subnet, nexthop=NEXTHOP_BASE + 3 * 256)
+    drifts = made.saw([Gone(first_hop), moved, Gone(hop)])
+    assert drifts == [Drift(first_hop, None), Drift(first_route, None), Drift(route, moved), Drift(hop, None)]
 
 
 def test_altered_entries_are_drift_and_put_again() -> None:
@@ -277,7 +295,7 @@ def test_entry_of_a_stranger_on_our_device_is_removed_if_it_bears_our_mark() -> 
 
 def test_entries_without_our_mark_are_not_remembered() -> None:
     made = converged(1)
-    strange = [
+    strange: list[Entry] = [
         Neighbour(pack_address("10.0.9.0"), mac(9), 2),
         NextHop(5, pack_address("10.0.9.0"), DEVICE),
         Route(Prefix.parse("192.0.2.0/24"), gateway=b"\x0a\0\0\x01", device=3, protocol=4),
@@ -317,7 +335,7 @@ def test_dump_reports_what_is_not_as_it_was_left() -> None:
 def test_dump_with_two_remotes_for_a_mac_calls_for_the_entry_afresh() -> None:
     made = converged(1)
     fdb = peer(1)[0]
-    made.saw_all([*peer(1), Fdb(fdb.mac, pack_address("172.30.9.9"))])
+    made.saw_all([*peer(1), Fdb(mac(1), pack_address("172.30.9.9"))])
     assert made.pending() == [Put(fdb, afresh=True)]
 
 
