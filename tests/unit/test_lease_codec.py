@@ -10,6 +10,7 @@ from subnet_lease.model import (
     MAX_NESTED,
     MAX_VALUE_BYTES,
     ConfigInvalid,
+    Lease,
     LeaseAttrs,
     LeaseInvalid,
     NetworkConfig,
@@ -335,3 +336,16 @@ def test_an_overlay_of_ipv6_alone_has_no_block() -> None:
     assert config.ipv6_subnet_len == 64
     with pytest.raises(ConfigInvalid):
         _ = config.block
+
+
+def test_key_without_an_etcd_lease_is_a_reservation() -> None:
+    attrs = LeaseAttrs(b"\x0a\x00\x00\x01", "vxlan", None)
+    subnet = Prefix.parse("10.5.34.0/24")
+    assert Lease(subnet, None, attrs, etcd_lease=0, create_revision=1, mod_revision=1).reserved
+    assert not Lease(subnet, None, attrs, etcd_lease=7, create_revision=1, mod_revision=1).reserved
+
+
+def test_extra_keys_are_left_out_where_nobody_wants_them() -> None:
+    value = b'{"PublicIP":"10.0.0.1","BackendType":"vxlan","NodeName":"a"}'
+    assert decode_attrs(value).extra == {"NodeName": "a"}
+    assert decode_attrs(value, extras=False).extra == {}

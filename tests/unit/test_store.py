@@ -1,0 +1,15 @@
+"""The errors of a store: what they carry, and who catches them."""
+
+from subnet_lease.store import StoreConfigInvalid, StoreError, WatchInterrupted
+
+
+def test_wrong_option_is_named_with_the_reason() -> None:
+    error = StoreConfigInvalid("cafile", "no such file")
+    assert (error.option, error.reason, str(error)) == ("cafile", "no such file", "cafile: no such file")
+    assert isinstance(error, StoreError)
+    assert isinstance(error, ValueError)
+
+
+def test_interrupted_watch_is_taken_for_a_gap_unless_it_says_otherwise() -> None:
+    assert not WatchInterrupted("compacted").resumable
+    assert WatchInterrupted("the connection broke", resumable=True).resumable
