@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 Chosen = TypeVar("Chosen", bound=EtcdOptions)
 
+END_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT))
+
 USAGE = 2
 STALLED = 30.0
 """Seconds without a pass after which the reconciler counts as hung: it makes one every few seconds when idle."""
@@ -52,8 +54,8 @@ class Refusal(Exception):
     """The command cannot do its work; the text says why and how to mend it."""
 
 
-class Terminated(BaseException):
-    """A signal asked the process to end."""
+class Terminated(Exception):
+    """A signal asked the agent to end."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -247,25 +249,14 @@ def run(options: Options) -> int:
         stack.callback(notifier.stopping)
         store = _store(options)
         stack.callback(store.close)
-        _end_on_signals()
+        loops = stack.enter_context(_Loops())
         try:
-            _run(options, store, notifier, stack)
+            _run(options, store, notifier, loops, stack)
         except Terminated:
             return 0
 
 
-def _end_on_signals() -> None:
-    def end(number: int, frame: object) -> NoReturn:
-        # Once is enough: a second signal must not break into the orderly end.
-        for each in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(each, signal.SIG_IGN)
-        raise Terminated
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, end)
-
-
-def _run(options: Options, store: "EtcdStore", notifier: "Notifier", stack: ExitStack) -> NoReturn:
+def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "_Loops", stack: ExitStack) -> NoReturn:
     """Build the edges, take the lease, start the loops, and watch over them until one fails or a signal comes."""
     import structlog
 
@@ -281,19 +272,28 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", stack: Exit
     for variable, reason in ignored_environment(os.environ).items():
         log.warning("variable_ignored", variable=variable, reason=reason)
 
-    config = _wait_for_config(options, store, notifier, log)
+    config = _wait_for_config(options, store, notifier, loops, log)
     underlay = _underlay(options, device_name(config.backend.vni))
     try:
         mtu = overlay_mtu(underlay.mtu, config.backend.mtu)
     except ValueError as error:
         raise Refusal(f"interface {underlay.name} cannot carry an overlay: {error}") from None
     kernel = Kernel()
-    stack.callback(kernel.close)
+    loops.at_end(kernel.close)
     attrs_for = _own_attrs(options, config, underlay, mtu, kernel)
     log.info("underlay_chosen", interface=underlay.name, mtu=underlay.mtu, why=underlay.why)
 
-    def moved(lease: "Lease") -> None:
-        """Another subnet or value: the table starts over from a new snapshot."""
+    watcher: Watcher | None = None
+    first: list[tuple[Lease, Snapshot | None]] = []
+    handover = threading.Lock()
+
+    def held(lease: "Lease") -> None:
+        """The first lease is what the loops begin with; after another one the table starts over from a snapshot."""
+        with handover:
+            if watcher is None:
+                first[:] = [(lease, keeper.take_snapshot())]
+                loops.wake()
+                return
         reconciler.post(lease)
         watcher.relist()
 
@@ -301,7 +301,6 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", stack: Exit
         reconciler.post(fact)
         keeper.saw(fact)
 
-    notifier.status("waiting for a subnet")
     keeper = Keeper(
         store,
         config,
@@ -310,36 +309,39 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", stack: Exit
         ttl=options.subnet_lease_ttl,
         renew_margin=options.subnet_lease_renew_margin,
         preferred=subnet_file.read(options.subnet_file),
-        on_lease=moved,
+        on_lease=held,
     )
-    lease = keeper.acquire()
-    if lease is None:
-        raise Terminated
+    notifier.status("waiting for a subnet")
+    loops.start("keeper", keeper.run, keeper.stop)
+    while not first:
+        loops.pause(None)
+    with handover:
+        lease, snapshot = first.pop()
+        reconciler = Reconciler(
+            kernel,
+            config,
+            underlay,
+            lease,
+            prepare=_surroundings(options, config, log),
+            on_ready=_announcement(options, config, notifier, log),
+            clock=time.monotonic,
+        )
+        watcher = Watcher(store, deliver, first=snapshot)
     notifier.status(f"setting up {lease.subnet}")
-    reconciler = Reconciler(
-        kernel,
-        config,
-        underlay,
-        lease,
-        prepare=_surroundings(options, config, log),
-        on_ready=_announcement(options, config, notifier, log),
-        clock=time.monotonic,
-    )
-    watcher = Watcher(store, deliver, first=keeper.take_snapshot())
-    loops = _Loops(log)
-    stack.callback(loops.end)
     loops.start("reconciler", reconciler.run, lambda: reconciler.post(Stop()))
     loops.start("watcher", watcher.run, watcher.stop)
-    loops.start("keeper", keeper.run, keeper.stop)
     _serve_health(options, reconciler, loops, stack)
-    while not loops.wait_for_failure(notifier.watchdog_interval):
+    while True:
+        loops.pause(notifier.watchdog_interval)
         if _alive(reconciler, loops)[0]:
             notifier.beat()
-    raise Refusal("an inner loop failed, see the log; the dataplane stays as it is. Start the agent again.")
 
 
-def _wait_for_config(options: Options, store: "EtcdStore", notifier: "Notifier", log: Any) -> "NetworkConfig":
+def _wait_for_config(
+    options: Options, store: "EtcdStore", notifier: "Notifier", loops: "_Loops", log: Any
+) -> "NetworkConfig":
     """The network configuration, waited for as long as etcd or the key is missing; Refusal if it cannot be used."""
+    from overlay.device import MAX_DEVICE_NAME, device_name
     from subnet_lease.model import ConfigInvalid, NetworkConfig
     from subnet_lease.retry import Backoff, Outage
     from subnet_lease.store import StoreError
@@ -357,11 +359,13 @@ def _wait_for_config(options: Options, store: "EtcdStore", notifier: "Notifier",
             said = reason
             log.warning("waiting_for_config", reason=reason)
             notifier.status(f"waiting: {reason}")
-        time.sleep(backoff.delay())
+        loops.pause(backoff.delay())
     try:
         config = NetworkConfig.parse(value)
         if config.backend.type != "vxlan":
             raise ConfigInvalid("Backend.Type", f"{config.backend.type!r} is not supported, only 'vxlan' is")
+        if len(name := device_name(config.backend.vni)) > MAX_DEVICE_NAME:
+            raise ConfigInvalid("Backend.VNI", f"{name} is longer than the {MAX_DEVICE_NAME} characters Linux allows")
         if config.enable_ipv6 or not config.enable_ipv4:
             raise ConfigInvalid("EnableIPv6", "only IPv4 overlays are supported")
     except ConfigInvalid as error:
@@ -477,16 +481,36 @@ def _alive(reconciler: "Reconciler", loops: "_Loops") -> tuple[bool, str]:
 
 
 class _Loops:
-    """The agent's threads. One that ends by an exception is a defect: it is reported, and the process ends."""
+    """The agent's threads, and the main thread's waits between them: for their failure, for signals, for `wake`.
 
-    def __init__(self, log: Any) -> None:
-        self._log = log
+    A signal is never acted upon where it happens to arrive: its handler does nothing, and its number comes out of a
+    pipe (signal.set_wakeup_fd) in the next `pause`. A thread that ends by an exception is a defect: the process ends.
+    """
+
+    def __init__(self) -> None:
         self._threads: list[tuple[threading.Thread, Callable[[], None]]] = []
+        self._last: list[Callable[[], None]] = []
         self._awaited, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        # A signal that another thread receives, or that comes just before a wait, ends no wait on a lock: Python runs
-        # its handlers in the main thread only, and only once that runs. A byte in a pipe is not missed.
-        signal.set_wakeup_fd(self._wake)
         self.failed = ""
+
+    def __enter__(self) -> "_Loops":
+        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        for number in END_SIGNALS:
+            signal.signal(number, lambda *_: None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop all threads, the last one started first, wait a little for each, then do what `at_end` was told."""
+        for thread, stop in reversed(self._threads):
+            stop()
+            thread.join(5)
+        for work in self._last:
+            work()
+        signal.set_wakeup_fd(-1)
+
+    def at_end(self, work: Callable[[], None]) -> None:
+        """Do `work` once the threads have ended."""
+        self._last.append(work)
 
     def start(self, name: str, body: Callable[[], None], stop: Callable[[], None]) -> None:
         """Run `body` in a thread until `stop` makes it return."""
@@ -495,25 +519,29 @@ class _Loops:
             try:
                 body()
             except Exception:
-                self._log.exception("loop_failed", loop=name)
+                import structlog
+
+                structlog.get_logger("agent").exception("loop_failed", loop=name)
                 self.failed = name
-                os.write(self._wake, b"\0")
+                self.wake()
 
         thread = threading.Thread(target=guarded, name=name, daemon=True)
-        self._threads.append((thread, stop))
         thread.start()
+        self._threads.append((thread, stop))
 
-    def wait_for_failure(self, seconds: float | None) -> bool:
-        """Whether a loop has failed by now, or does within `seconds`. Raises what the handler of a signal raises."""
-        select.select([self._awaited], [], [], seconds)
-        return bool(self.failed)
+    def wake(self) -> None:
+        """End the main thread's present or next `pause`. From any thread."""
+        try:
+            os.write(self._wake, b"\0")
+        except BlockingIOError:
+            pass  # The pipe is full of reasons to wake up already.
 
-    def end(self) -> None:
-        """Stop all, the last one started first, and wait a little for each."""
-        for thread, stop in reversed(self._threads):
-            stop()
-            thread.join(5)
-        signal.set_wakeup_fd(-1)
+    def pause(self, seconds: float | None) -> None:
+        """Wait, for `wake` or for `seconds`. Terminated if a signal has come, Refusal if a loop has failed."""
+        if select.select([self._awaited], [], [], seconds)[0] and set(os.read(self._awaited, 4096)) & END_SIGNALS:
+            raise Terminated
+        if self.failed:
+            raise Refusal("an inner loop failed, see the log; the dataplane stays as it is. Start the agent again.")
 
 
 # --- cleanup -----------------------------------------------------------------------------------------------------

@@ -63,7 +63,13 @@ def ours(entry: Entry, local: Local) -> bool:
         case Fdb() | Neighbour():
             return bool(entry.state & PERMANENT)
         case NextHop():
-            return entry.protocol == PROTOCOL and NEXTHOP_BASE <= entry.id < NEXTHOP_BASE + NEXTHOP_SPAN
+            return entry.protocol == PROTOCOL and _is_our_id(entry.id)
         case Route():
-            adopted = entry.protocol == PROTOCOL_BOOT and entry.device == local.device
-            return entry.protocol == PROTOCOL or (adopted and local.network.covers(entry.destination))
+            inside = local.network.covers(entry.destination)
+            if entry.protocol == PROTOCOL:
+                return inside or _is_our_id(entry.nexthop)
+            return inside and entry.protocol == PROTOCOL_BOOT and entry.device == local.device
+
+
+def _is_our_id(nexthop: int) -> bool:
+    return NEXTHOP_BASE <= nexthop < NEXTHOP_BASE + NEXTHOP_SPAN

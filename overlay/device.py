@@ -70,6 +70,10 @@ class FoundDevice:
     addresses: tuple[Prefix, ...] = ()
 
 
+MAX_DEVICE_NAME = 15
+"""IFNAMSIZ less the final zero (linux/if.h)."""
+
+
 def device_name(vni: int) -> str:
     """flannel's name, so that its device can be taken over and its users find ours."""
     return f"flannel.{vni}"

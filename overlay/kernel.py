@@ -367,6 +367,8 @@ def _create(route: "IPRoute", spec: DeviceSpec) -> None:
 
 
 def _adjust(route: "IPRoute", spec: DeviceSpec, found: FoundDevice, todo: tuple[str, ...]) -> None:
+    from pyroute2 import NetlinkError
+
     values: dict[str, Any] = {"mac": format_mac(spec.mac), "mtu": spec.mtu, "alias": OWNER}
     names = {"mac": "address", "mtu": "mtu", "alias": "ifalias"}
     changes = {names[what]: values[what] for what in todo if what in names}
@@ -379,8 +381,14 @@ def _adjust(route: "IPRoute", spec: DeviceSpec, found: FoundDevice, todo: tuple[
         if wanted not in found.addresses:
             route.addr("add", index=found.index, address=format_address(wanted.base), prefixlen=wanted.length)
         for other in found.addresses:
-            if other != wanted:
+            if other == wanted:
+                continue
+            try:
                 route.addr("del", index=found.index, address=format_address(other.base), prefixlen=other.length)
+            except NetlinkError as error:
+                # A secondary address goes with its primary.
+                if error.code != errno.EADDRNOTAVAIL:
+                    raise
 
 
 def _guarded(what: str, work: "Callable[[IPRoute], T]") -> T:

@@ -143,10 +143,10 @@ class Keeper:
             if self._wake.is_set() or self._lease is None:
                 self._wake.clear()
                 lease = self.acquire()
-                self._seen = None
                 if lease is not None and lease != known:
                     known = lease
                     self._on_lease(lease)
+                self._seen = None
             elif self._clock() >= self._renew_at:
                 self._renew(self._lease)
             else:

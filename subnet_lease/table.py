@@ -14,6 +14,7 @@ Costs are in proportion to what changed. Nothing here reads a clock or a store.
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from subnet_lease.claims import Age, Claims
 from subnet_lease.model import (
     Lease,
     LeaseInvalid,
@@ -25,6 +26,8 @@ from subnet_lease.model import (
     parse_subnet_key,
 )
 from subnet_lease.store import Changes, Deleted, Record, Snapshot
+
+Claim = bytes | Prefix
 
 MAX_BLOCKS = 256
 """A lease may span this many subnets of the network's SubnetLen; no agent writes one that spans several."""
@@ -55,8 +58,10 @@ class LeaseTable:
         self._host = host
         self._valid: dict[str, Lease] = {}
         self._invalid: dict[str, str] = {}
-        self._contested: dict[str, str] = {}
-        self._claims: dict[bytes | Prefix, tuple[str, ...]] = {}
+        self._contested: set[str] = set()
+        self._claims = Claims()
+        self._odd: dict[Prefix, set[Prefix]] = {}
+        """Block of SubnetLen -> the claimed subnets of any other length that lie in it or around it."""
         self._cluster_id = 0
         self.revision = 0
 
@@ -77,49 +82,54 @@ class LeaseTable:
 
     def _apply(self, events: Iterable[Record | Deleted], revision: int, continuous: bool = True) -> set[str]:
         before: dict[str, Lease | None] = {}
-        doubtful: set[str] = set()
+        touched: dict[Claim, Age | None] = {}
         for event in events:
             old = self._valid.get(event.key)
             if continuous and old and isinstance(event, Record) and old.mod_revision == event.mod_revision:
                 continue
             before.setdefault(event.key, self.accepted(event.key))
-            self._remove(event.key, doubtful)
+            self._remove(event.key, touched)
             if isinstance(event, Record) and event.key != self._host.key:
-                self._add(event, doubtful)
+                self._add(event, touched)
+        doubtful = set(before)
+        for claim, eldest in touched.items():
+            if self._claims.eldest(claim) != eldest:
+                doubtful.update(self._concerned(claim))
         for key in doubtful:
             before.setdefault(key, self.accepted(key))
             self._judge(key)
         self.revision = revision
         return {key for key, lease in before.items() if self.accepted(key) != lease}
 
-    def _remove(self, key: str, doubtful: set[str]) -> None:
+    def _remove(self, key: str, touched: dict[Claim, Age | None]) -> None:
         self._invalid.pop(key, None)
-        self._contested.pop(key, None)
+        self._contested.discard(key)
         lease = self._valid.pop(key, None)
         if lease is None:
             return
-        for claim in self._claims_of(lease):
-            left = tuple(holder for holder in self._claims[claim] if holder != key)
-            if left:
-                self._claims[claim] = left
-                doubtful.update(left)
-            else:
-                del self._claims[claim]
+        for claim in _claims_of(lease):
+            touched.setdefault(claim, self._claims.eldest(claim))
+            self._claims.remove(claim, (lease.create_revision, key))
+        if lease.subnet.length != self._config.subnet_len and self._claims.eldest(lease.subnet) is None:
+            for block in self._blocks(lease.subnet):
+                self._odd[block].discard(lease.subnet)
+                if not self._odd[block]:
+                    del self._odd[block]
 
-    def _add(self, record: Record, doubtful: set[str]) -> None:
+    def _add(self, record: Record, touched: dict[Claim, Age | None]) -> None:
         try:
             lease = self._decode(record)
         except LeaseInvalid as reason:
             self._invalid[record.key] = str(reason)
             return
         self._valid[record.key] = lease
-        alone = (record.key,)
-        for claim in self._claims_of(lease):
-            others = self._claims.setdefault(claim, alone)
-            if others is not alone:
-                self._claims[claim] = others + alone
-                doubtful.add(record.key)
-                doubtful.update(others)
+        age = lease.create_revision, record.key
+        for claim in _claims_of(lease):
+            touched.setdefault(claim, self._claims.eldest(claim))
+            self._claims.add(claim, age)
+        if lease.subnet.length != self._config.subnet_len:
+            for block in self._blocks(lease.subnet):
+                self._odd.setdefault(block, set()).add(lease.subnet)
 
     # --- one lease by itself ---
 
@@ -164,48 +174,71 @@ class LeaseTable:
 
     # --- leases against each other ---
 
-    def _claims_of(self, lease: Lease) -> Iterator[bytes | Prefix]:
-        """What a lease lays claim to: its MAC, its underlay address, and the blocks of SubnetLen it touches."""
-        assert lease.attrs.vtep is not None
-        yield lease.attrs.vtep.mac
-        yield lease.attrs.public_ip
-        subnet, length = lease.subnet, self._config.subnet_len
-        if subnet.length == length:
-            yield subnet
-            return
+    def _blocks(self, subnet: Prefix) -> Iterator[Prefix]:
+        """The blocks of SubnetLen that the subnet touches."""
+        length = self._config.subnet_len
         block = Prefix(subnet.network(min(length, subnet.length)).base, length)
         for number in range(max(1, subnet.size // block.size)):
             yield Prefix(block.host(number * block.size), length)
 
-    def _judge(self, key: str) -> None:
-        """Accept or contest one valid lease by its elders."""
-        lease = self._valid.get(key)
-        if lease is None:
+    def _overlapping(self, subnet: Prefix) -> Iterator[Prefix]:
+        """The claimed subnets that overlap this one, itself included; one may come more than once."""
+        yield subnet
+        regular = subnet.length == self._config.subnet_len
+        if regular and subnet not in self._odd:
             return
-        for claim in self._claims_of(lease):
-            for other in self._claims[claim]:
-                reason = self._contest(key, lease, other) if other != key else None
-                if reason:
-                    self._contested[key] = reason
-                    return
-        self._contested.pop(key, None)
+        for block in self._blocks(subnet):
+            if not regular:
+                yield block
+            yield from (other for other in self._odd.get(block, ()) if other.overlaps(subnet))
 
-    def _contest(self, key: str, lease: Lease, other_key: str) -> str | None:
-        other = self._valid[other_key]
-        if (other.create_revision, other_key) > (lease.create_revision, key):
-            return None
-        mine, theirs = lease.attrs, other.attrs
-        assert mine.vtep is not None and theirs.vtep is not None
-        if lease.subnet.overlaps(other.subnet):
-            return f"the subnet overlaps {other.subnet}, which {format_address(theirs.public_ip)} has held for longer"
-        if mine.vtep.mac == theirs.vtep.mac and mine.public_ip != theirs.public_ip:
-            return f"VtepMAC {format_mac(mine.vtep.mac)} has longer been {format_address(theirs.public_ip)}'s"
-        if mine.public_ip == theirs.public_ip and mine.vtep.mac != theirs.vtep.mac:
-            return (
-                f"PublicIP {format_address(mine.public_ip)} has longer been that of {other.subnet} with VtepMAC "
-                f"{format_mac(theirs.vtep.mac)}"
-            )
+    def _concerned(self, claim: Claim) -> Iterator[str]:
+        """Whose acceptance may change with the eldest holder of `claim`."""
+        if isinstance(claim, Prefix):
+            # Only the eldest of a subnet's holders can be accepted.
+            eldest = (self._claims.eldest(prefix) for prefix in self._overlapping(claim))
+            yield from (age[1] for age in eldest if age is not None)
+        else:
+            yield from (age[1] for age in self._claims.holders(claim))
+
+    def _judge(self, key: str) -> None:
+        """Accept or contest one lease by its elders."""
+        lease = self._valid.get(key)
+        if lease is not None and self._elder(key, lease) is not None:
+            self._contested.add(key)
+        else:
+            self._contested.discard(key)
+
+    def _elder(self, key: str, lease: Lease) -> Age | None:
+        """An elder lease that contests this one: by its VTEP, which is MAC and PublicIP together, or by its subnet."""
+        age = lease.create_revision, key
+        mac, public_ip, _ = _claims_of(lease)
+        for claim in (mac, public_ip):
+            eldest = self._claims.eldest(claim)
+            if eldest is not None and eldest != age and _claims_of(self._valid[eldest[1]])[:2] != (mac, public_ip):
+                return eldest
+        for subnet in self._overlapping(lease.subnet):
+            eldest = self._claims.eldest(subnet)
+            if eldest is not None and eldest < age:
+                return eldest
         return None
+
+    def _contest(self, key: str) -> str:
+        """Why a contested lease is rejected."""
+        lease = self._valid[key]
+        elder = self._elder(key, lease)
+        assert elder is not None, "it is contested"
+        other = self._valid[elder[1]]
+        mac, public_ip, _ = _claims_of(lease)
+        other_mac, other_ip, other_subnet = _claims_of(other)
+        if other_mac == mac and other_ip != public_ip:
+            return f"VtepMAC {format_mac(mac)} has longer been {format_address(other_ip)}'s"
+        if other_ip == public_ip and other_mac != mac:
+            return (
+                f"PublicIP {format_address(public_ip)} has longer been that of {other_subnet} with VtepMAC "
+                f"{format_mac(other_mac)}"
+            )
+        return f"the subnet overlaps {other_subnet}, which {format_address(other_ip)} has held for longer"
 
     # --- views ---
 
@@ -220,9 +253,15 @@ class LeaseTable:
     @property
     def rejected(self) -> Mapping[str, str]:
         """Reasons by key, of what cannot be read or used and of what lost a contest."""
-        return self._invalid | self._contested
+        return self._invalid | {key: self._contest(key) for key in self._contested}
 
     @property
     def rejected_count(self) -> int:
         """How many there are, without listing them."""
         return len(self._invalid) + len(self._contested)
+
+
+def _claims_of(lease: Lease) -> tuple[bytes, bytes, Prefix]:
+    """What a valid lease lays claim to: MAC, underlay address, subnet. Claims of two kinds never compare equal."""
+    assert lease.attrs.vtep is not None, "a lease without one is not valid"
+    return lease.attrs.vtep.mac, lease.attrs.public_ip, lease.subnet

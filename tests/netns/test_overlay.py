@@ -328,7 +328,7 @@ def test_agent_heeds_a_signal_that_comes_as_soon_as_it_is_ready(make_lab: Callab
     lab.up()
     (h1,) = lab.hosts
     for _ in range(10):
-        assert h1.kill_agent(signal.SIGTERM, seconds=10) == 0
+        assert h1.kill_agent(signal.SIGTERM, seconds=10) == 0, h1.log()
         h1.start_agent()
         h1.wait_ready()
 

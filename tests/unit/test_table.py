@@ -397,8 +397,40 @@ def test_accepted_leases_never_collide(events: list[tuple[str, tuple[int, int] |
 )
 def test_hostile_records_never_raise(records: list[Record]) -> None:
     made = table(*records)
-    made.apply(changes(*(replace(each, mod_revision=each.mod_revision + 1) for each in records), Deleted("x", 200)))
-    keys = {each.key for each in records} - {HOST.key, "x"}
+    made.apply(
+        changes(*(replace(each, mod_revision=each.mod_revision + 1) for each in records), Deleted(HOST.key, 200))
+    )
+    keys = {each.key for each in records} - {HOST.key}
     assert accepted(made) | made.rejected.keys() == keys
     assert not accepted(made) & made.rejected.keys()
-    assert all(reason.isprintable() and len(reason) < 300 for reason in made.rejected.values())
+    # 64 characters of it are shown at most, each ten long where it is escaped.
+    assert all(reason.isprintable() and len(reason) < 1000 for reason in made.rejected.values())
+
+
+def test_thousands_of_leases_of_one_vtep_are_not_judged_anew_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    crowd = [record(f"10.0.{number >> 4}.{(number & 15) << 4}-28", 1, number + 1) for number in range(2000)]
+    made = table(*crowd)
+    assert len(accepted(made)) == 2000
+    judged: list[str] = []
+    judge = LeaseTable._judge
+
+    def counted(self: LeaseTable, key: str) -> None:
+        judged.append(key)
+        judge(self, key)
+
+    monkeypatch.setattr(LeaseTable, "_judge", counted)
+    made.apply(changes(record("10.0.201.0-24", 1, 5000)))
+    made.apply(changes(Deleted(crowd[1000].key, 5001)))
+    assert judged == ["10.0.201.0-24", crowd[1000].key]
+
+
+def test_reasons_do_not_depend_on_the_order_in_which_leases_are_told() -> None:
+    records = [
+        record("10.0.5.0-24", 1, 10),
+        record("10.0.6.0-24", 1, 11, PublicIP="172.30.0.9"),
+        record("10.0.5.0-25", 3, 12),
+        record("10.0.7.0-24", 3, 13, PublicIP="172.30.0.1"),
+    ]
+    forwards, backwards = table(*records), table(*reversed(records))
+    assert forwards.rejected == backwards.rejected
+    assert accepted(forwards) == accepted(backwards) == {"10.0.5.0-24"}
