@@ -45,8 +45,9 @@ types: .venv/dev.stamp ## mypy --strict
 bench: root system .venv/dev.stamp ## measurements against the kernel alone and iproute2; needs root
 	$(BIN)/python -m tests.bench
 
-docs: .venv/run.stamp ## regenerate docs/configuration.md from the options
+docs: .venv/run.stamp ## regenerate the configuration reference and the example from the options
 	$(BIN)/python -m overlay.options > docs/configuration.md
+	$(BIN)/python -m overlay.options example > deploy/overlay-agent.toml
 
 # `make lock UV_OPTIONS=--upgrade` moves to the newest versions; without it only what pyproject.toml calls for changes.
 lock: ## bring the lock files in line with pyproject.toml

@@ -221,7 +221,7 @@ class EtcdOptions:
             "etcd",
             FILE,
             "Certificates (PEM) that etcd's own is verified by.",
-            default="the public ones built into gRPC",
+            default="none; https endpoints need it",
         ),
     ] = None
     etcd_certfile: Annotated[

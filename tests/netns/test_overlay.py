@@ -5,8 +5,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -24,20 +26,25 @@ def events(host: Host, name: str) -> list[dict[str, object]]:
 
 @contextmanager
 def endless_ping(src: Pod, dst: Pod, interval: float = 0.01) -> Iterator[Callable[[], tuple[int, int]]]:
-    """Ping from pod to pod while the block runs; the function it yields stops it and gives (sent, received)."""
-    argv = ["ip", "netns", "exec", src.netns, "ping", "-n", "-q", "-i", str(interval), dst.address]
+    """Ping from pod to pod while the block runs, begun before it; what it yields ends it and gives (sent, received)."""
+    argv = ["ip", "netns", "exec", src.netns, "ping", "-n", "-i", str(interval), dst.address]
+    with tempfile.TemporaryFile("w+") as output, subprocess.Popen(argv, stdout=output) as ping:
 
-    def stop() -> tuple[int, int]:
-        ping.send_signal(signal.SIGINT)
-        output, _ = ping.communicate(timeout=10)
-        found = re.search(r"(\d+) packets transmitted, (\d+) received", output)
-        assert found, output
-        sent, received = int(found[1]), int(found[2])
-        # The one that was under way when the signal came is not lost.
-        return sent, min(sent, received + 1)
+        def said() -> str:
+            # Opened anew: the child writes where this end's position is.
+            return Path(f"/proc/self/fd/{output.fileno()}").read_text()
 
-    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as ping:
+        def stop() -> tuple[int, int]:
+            ping.send_signal(signal.SIGINT)
+            ping.wait(timeout=10)
+            found = re.search(r"(\d+) packets transmitted, (\d+) received", said())
+            assert found, said()
+            sent, received = int(found[1]), int(found[2])
+            # The one that was under way when the signal came is not lost.
+            return sent, min(sent, received + 1)
+
         try:
+            wait_until(lambda: "bytes from" in said(), 10, "the first answer to the ping")
             yield stop
         finally:
             ping.kill()
@@ -298,7 +305,7 @@ def test_all_agents_killed_and_restarted_under_a_ping_lose_nothing_and_write_not
         for host in lab.hosts:
             host.wait_ready()
         sent, received = stop()
-    assert sent > 20
+    assert sent > 10
     assert received == sent
     for host in lab.hosts:
         held = entries(host)
@@ -475,7 +482,7 @@ def test_host_is_taken_over_from_flanneld_under_a_ping_with_no_packet_lost(make_
         h2.wait_ready()
         lab.wait_converged()
         sent, received = stop()
-    assert sent > 20
+    assert sent > 10
     assert received == sent
     link = h2.json("ip", "link", "show", "flannel.1")[0]
     assert (link["ifindex"], link["address"]) == (index, mac)
