@@ -14,12 +14,12 @@ from pathlib import Path
 from tests.bench.report import render
 from tests.bench.run import run
 
-COMMAND = "python -m tests.bench"
+COMMAND = "sudo .venv/bin/python -m tests.bench"
 
 
 def main() -> int:
     """The command line; the exit code."""
-    parser = argparse.ArgumentParser(prog=COMMAND, description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m tests.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
         "--sizes", default="1000,5000,15000", type=_sizes, help="numbers of peers (default: %(default)s)"
     )
@@ -37,7 +37,7 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     sizes = ",".join(map(str, result["sizes"]))
-    text = render(result, f"{COMMAND} --sizes {sizes} --repeat {result['repeat']}")
+    text = render(result, f"{COMMAND} --sizes {sizes} --repeat {result['repeat']} --json FILE --markdown FILE")
     if options.markdown:
         options.markdown.write_text(text)
     else:
