@@ -58,7 +58,8 @@ lock: ## bring the lock files in line with pyproject.toml
 	echo setuptools | "$${compile[@]}" $(UV_OPTIONS) pyproject.toml - --group dev -c requirements.lock -o requirements-dev.lock
 
 wheel: .venv/run.stamp ## build dist/overlay_agent-*.whl
-	$(PIP) wheel --no-deps --no-build-isolation --no-index --wheel-dir dist .
+	@$(PIP) wheel --no-deps --no-build-isolation --no-index --wheel-dir dist .
+	@ls dist/*.whl
 
 clean: ## remove .venv and all that was built
 	rm -rf .venv build dist *.egg-info .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

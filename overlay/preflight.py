@@ -40,7 +40,7 @@ def problems(subnet_file: str, *, nft: bool) -> list[Problem]:
 
 def report(found: list[Problem]) -> str:
     """The problems as a short list for a person."""
-    lines = [f"overlay-agent cannot run here; {len(found)} {'thing is' if len(found) == 1 else 'things are'} missing:"]
+    lines = [f"cannot run here; {len(found)} {'thing is' if len(found) == 1 else 'things are'} missing:"]
     for problem in found:
         lines += [f"  - {problem.what}", f"    {problem.remedy}"]
     return "\n".join(lines)
