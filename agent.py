@@ -8,8 +8,6 @@ import argparse
 import gc
 import os
 import random
-import select
-import signal
 import sys
 import threading
 import time
@@ -35,6 +33,7 @@ from overlay.options import (
 if TYPE_CHECKING:
     from overlay.device import DeviceSpec, Underlay
     from overlay.kernel import Kernel
+    from overlay.loops import Loops
     from overlay.notify import Notifier
     from overlay.reconciler import Reconciler
     from subnet_lease.etcd import EtcdStore
@@ -43,8 +42,6 @@ if TYPE_CHECKING:
 
 Chosen = TypeVar("Chosen", bound=EtcdOptions)
 
-END_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT))
-
 USAGE = 2
 STALLED = 30.0
 """Seconds without a pass after which the reconciler counts as hung: it makes one every few seconds when idle."""
@@ -52,10 +49,6 @@ STALLED = 30.0
 
 class Refusal(Exception):
     """The command cannot do its work; the text says why and how to mend it."""
-
-
-class Terminated(Exception):
-    """A signal asked the agent to end."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -235,6 +228,7 @@ def _underlay(options: HostOptions, device: str) -> "Underlay":
 def run(options: Options) -> int:
     """The agent: until a signal ends it. The dataplane stays as it is; the next start takes it over."""
     from overlay import logs, preflight
+    from overlay.loops import LoopFailed, Loops, Terminated
     from overlay.notify import Notifier
 
     # What a start makes stays for good: until it is complete there is no garbage to be found. See `_announcement`.
@@ -249,14 +243,18 @@ def run(options: Options) -> int:
         stack.callback(notifier.stopping)
         store = _store(options)
         stack.callback(store.close)
-        loops = stack.enter_context(_Loops())
+        loops = stack.enter_context(Loops())
         try:
             _run(options, store, notifier, loops, stack)
         except Terminated:
             return 0
+        except LoopFailed as failed:
+            raise Refusal(
+                f"the {failed} failed, see the log; the dataplane stays as it is. Start the agent again."
+            ) from None
 
 
-def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "_Loops", stack: ExitStack) -> NoReturn:
+def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loops", stack: ExitStack) -> NoReturn:
     """Build the edges, take the lease, start the loops, and watch over them until one fails or a signal comes."""
     import structlog
 
@@ -338,7 +336,7 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "_Lo
 
 
 def _wait_for_config(
-    options: Options, store: "EtcdStore", notifier: "Notifier", loops: "_Loops", log: Any
+    options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loops", log: Any
 ) -> "NetworkConfig":
     """The network configuration, waited for as long as etcd or the key is missing; Refusal if it cannot be used."""
     from overlay.device import MAX_DEVICE_NAME, device_name
@@ -451,7 +449,7 @@ def _announcement(
     return announce
 
 
-def _serve_health(options: Options, reconciler: "Reconciler", loops: "_Loops", stack: ExitStack) -> None:
+def _serve_health(options: Options, reconciler: "Reconciler", loops: "Loops", stack: ExitStack) -> None:
     if not options.healthz_port:
         return
     from overlay.health import HealthServer, HealthUnavailable
@@ -472,76 +470,12 @@ def _serve_health(options: Options, reconciler: "Reconciler", loops: "_Loops", s
     stack.callback(server.stop)
 
 
-def _alive(reconciler: "Reconciler", loops: "_Loops") -> tuple[bool, str]:
+def _alive(reconciler: "Reconciler", loops: "Loops") -> tuple[bool, str]:
     """Whether all loops run; the reconciler must also have made a pass lately."""
     if loops.failed:
         return False, f"failed: {loops.failed}"
     idle = time.monotonic() - reconciler.state.beat
     return idle < STALLED, f"last pass {idle:.0f} s ago"
-
-
-class _Loops:
-    """The agent's threads, and the main thread's waits between them: for their failure, for signals, for `wake`.
-
-    A signal is never acted upon where it happens to arrive: its handler does nothing, and its number comes out of a
-    pipe (signal.set_wakeup_fd) in the next `pause`. A thread that ends by an exception is a defect: the process ends.
-    """
-
-    def __init__(self) -> None:
-        self._threads: list[tuple[threading.Thread, Callable[[], None]]] = []
-        self._last: list[Callable[[], None]] = []
-        self._awaited, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self.failed = ""
-
-    def __enter__(self) -> "_Loops":
-        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
-        for number in END_SIGNALS:
-            signal.signal(number, lambda *_: None)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop all threads, the last one started first, wait a little for each, then do what `at_end` was told."""
-        for thread, stop in reversed(self._threads):
-            stop()
-            thread.join(5)
-        for work in self._last:
-            work()
-        signal.set_wakeup_fd(-1)
-
-    def at_end(self, work: Callable[[], None]) -> None:
-        """Do `work` once the threads have ended."""
-        self._last.append(work)
-
-    def start(self, name: str, body: Callable[[], None], stop: Callable[[], None]) -> None:
-        """Run `body` in a thread until `stop` makes it return."""
-
-        def guarded() -> None:
-            try:
-                body()
-            except Exception:
-                import structlog
-
-                structlog.get_logger("agent").exception("loop_failed", loop=name)
-                self.failed = name
-                self.wake()
-
-        thread = threading.Thread(target=guarded, name=name, daemon=True)
-        thread.start()
-        self._threads.append((thread, stop))
-
-    def wake(self) -> None:
-        """End the main thread's present or next `pause`. From any thread."""
-        try:
-            os.write(self._wake, b"\0")
-        except BlockingIOError:
-            pass  # The pipe is full of reasons to wake up already.
-
-    def pause(self, seconds: float | None) -> None:
-        """Wait, for `wake` or for `seconds`. Terminated if a signal has come, Refusal if a loop has failed."""
-        if select.select([self._awaited], [], [], seconds)[0] and set(os.read(self._awaited, 4096)) & END_SIGNALS:
-            raise Terminated
-        if self.failed:
-            raise Refusal("an inner loop failed, see the log; the dataplane stays as it is. Start the agent again.")
 
 
 # --- cleanup -----------------------------------------------------------------------------------------------------

@@ -60,7 +60,9 @@ class LabError(NamespaceError):
     """What stands in the lab's way, as one sentence for its user; an agent's or etcd's last words may follow."""
 
 
-def wait_until(condition: Callable[[], T], seconds: float, what: str, interval: float = 0.02) -> T:
+def wait_until(
+    condition: Callable[[], T], seconds: float = 20, what: str = "what was waited for", interval: float = 0.02
+) -> T:
     """The first truthy value of `condition`; LabError naming `what` if there is none within `seconds`."""
     deadline = time.monotonic() + seconds
     while not (value := condition()):

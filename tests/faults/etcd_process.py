@@ -5,23 +5,16 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from overlay.cluster import wait_until
 from subnet_lease.etcd import EtcdStore
 from subnet_lease.store import StoreDenied, StoreUnavailable
 
 START_DEADLINE_S = 30.0
 SOCKET = "etcd.sock:0"
-
-
-def wait_until(condition: Callable[[], object], deadline_s: float = 20.0) -> None:
-    """Return as soon as `condition()` holds; AssertionError if it does not within the deadline."""
-    end = time.monotonic() + deadline_s
-    while not condition():
-        assert time.monotonic() < end, "the condition was not met in time"
-        time.sleep(0.01)
 
 
 def free_ports(count: int) -> list[int]:

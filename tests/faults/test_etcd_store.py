@@ -12,6 +12,7 @@ import grpc
 import pytest
 from etcd3 import etcdrpc as rpc
 
+from overlay.cluster import wait_until
 from subnet_lease.etcd import EtcdStore
 from subnet_lease.store import (
     Changes,
@@ -23,7 +24,7 @@ from subnet_lease.store import (
     StoreUnavailable,
     WatchInterrupted,
 )
-from tests.faults.etcd_process import EtcdProcess, free_ports, wait_until
+from tests.faults.etcd_process import EtcdProcess, free_ports
 
 pytestmark = pytest.mark.fault
 

@@ -91,9 +91,7 @@ def test_forwarding_is_no_problem_where_it_is_on_or_can_be_switched_on(tmp_path:
 
 def test_the_report_lists_what_is_missing_and_the_way_to_mend_it() -> None:
     text = preflight.report([preflight.Problem("a is missing", "Install a."), preflight.Problem("no b", "Do b.")])
-    assert text == (
-        "cannot run here; 2 things are missing:\n  - a is missing\n    Install a.\n  - no b\n    Do b."
-    )
+    assert text == ("cannot run here; 2 things are missing:\n  - a is missing\n    Install a.\n  - no b\n    Do b.")
     assert "1 thing is missing:" in preflight.report([preflight.Problem("a", "b")])
 
 

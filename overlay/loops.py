@@ -1,0 +1,89 @@
+"""The agent's threads, and the main thread's waits between them.
+
+Owns starting and stopping the loops, and how signals and failures reach the main thread: through a pipe, which it reads
+where it waits. A signal is never acted upon where it happens to arrive; an exception raised in a handler would surface
+in the middle of anything, and a wait on a lock misses a signal that comes just before it.
+"""
+
+import os
+import select
+import signal
+import threading
+from collections.abc import Callable
+
+import structlog
+
+END_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT))
+
+
+class Terminated(Exception):
+    """A signal asked the process to end."""
+
+
+class LoopFailed(Exception):
+    """A loop ended by an exception, which is in the log: a defect. The text is the loop's name."""
+
+
+class Loops:
+    """Threads that run until the block ends; a context manager, for the main thread only."""
+
+    def __init__(self) -> None:
+        self._threads: list[tuple[threading.Thread, Callable[[], None]]] = []
+        self._last: list[Callable[[], None]] = []
+        self._awaited, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self.failed = ""
+
+    def __enter__(self) -> "Loops":
+        signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in END_SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop all threads, the last one started first, wait a little for each, then do what `at_end` was told.
+
+        Signals are let pass until it is done: the end is under way.
+        """
+        for thread, stop in reversed(self._threads):
+            stop()
+            thread.join(5)
+        for work in self._last:
+            work()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(-1)
+        if not any(thread.is_alive() for thread, _ in self._threads):
+            os.close(self._wake)
+            os.close(self._awaited)
+
+    def at_end(self, work: Callable[[], None]) -> None:
+        """Do `work` once the threads have ended."""
+        self._last.append(work)
+
+    def start(self, name: str, body: Callable[[], None], stop: Callable[[], None]) -> None:
+        """Run `body` in a thread until `stop` makes it return."""
+
+        def guarded() -> None:
+            try:
+                body()
+            except Exception:
+                structlog.get_logger("agent").exception("loop_failed", loop=name)
+                self.failed = name
+                self.wake()
+
+        thread = threading.Thread(target=guarded, name=name, daemon=True)
+        thread.start()
+        self._threads.append((thread, stop))
+
+    def wake(self) -> None:
+        """End the main thread's present or next `pause`. From any thread."""
+        try:
+            os.write(self._wake, b"\0")
+        except BlockingIOError:
+            pass  # The pipe is full of reasons to wake up already.
+
+    def pause(self, seconds: float | None) -> None:
+        """Wait, for `wake` or for `seconds`. Terminated if a signal has come, LoopFailed if a loop has failed."""
+        if select.select([self._awaited], [], [], seconds)[0] and set(os.read(self._awaited, 4096)) & END_SIGNALS:
+            raise Terminated
+        if self.failed:
+            raise LoopFailed(self.failed)
