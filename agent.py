@@ -259,10 +259,11 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
     import structlog
 
     from overlay import subnet_file
-    from overlay.device import device_name, overlay_mtu
+    from overlay.device import device_name, occupied_links, overlay_mtu
     from overlay.kernel import Kernel
     from overlay.reconciler import Reconciler, Stop
     from subnet_lease.keeper import Keeper
+    from subnet_lease.model import format_address
     from subnet_lease.watcher import Watcher
 
     log = structlog.get_logger("agent")
@@ -272,6 +273,12 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
 
     config = _wait_for_config(options, store, notifier, loops, log)
     underlay = _underlay(options, device_name(config.backend.vni))
+    for address in {underlay.address, _public_ip(options) or underlay.address}:
+        if config.block.holds(address):
+            raise Refusal(
+                f"the network configuration in {options.etcd_prefix}/config cannot be used: Network: {config.block} "
+                f"contains this host's own address {format_address(address)}; choose one that holds no host"
+            )
     try:
         mtu = overlay_mtu(underlay.mtu, config.backend.mtu)
     except ValueError as error:
@@ -299,6 +306,7 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
         reconciler.post(fact)
         keeper.saw(fact)
 
+    preferred = subnet_file.read(options.subnet_file)
     keeper = Keeper(
         store,
         config,
@@ -306,7 +314,8 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
         attrs_for,
         ttl=options.subnet_lease_ttl,
         renew_margin=options.subnet_lease_renew_margin,
-        preferred=subnet_file.read(options.subnet_file),
+        preferred=preferred,
+        avoid=occupied_links(underlay, config.block, preferred),
         on_lease=held,
     )
     notifier.status("waiting for a subnet")

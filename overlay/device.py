@@ -34,6 +34,14 @@ class Underlay:
     why: str
 
 
+def occupied_links(underlay: Underlay, network: Prefix, own: Prefix | None) -> tuple[Prefix, ...]:
+    """The blocks inside Network that a link of this host uses, but for those of its pods, inside its `own` subnet.
+
+    No lease may take them: its route would replace the link's.
+    """
+    return tuple(link for link in underlay.links if network.covers(link) and not (own and own.covers(link)))
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceSpec:
     """The device wanted. `link` is the underlay's interface index, `local` its packed address, `mtu` in bytes."""

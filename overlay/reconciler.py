@@ -17,7 +17,7 @@ from typing import Protocol
 import structlog
 
 from overlay.desired import Local, entries_for, ours
-from overlay.device import DeviceSpec, Underlay, device_spec
+from overlay.device import DeviceSpec, Underlay, device_spec, occupied_links
 from overlay.kernel import DeviceOccupied, KernelRefused, Seen
 from overlay.model import Drop, Entry, Op, Put
 from overlay.tracker import Drift, Refusal, Tracker
@@ -118,7 +118,7 @@ class Reconciler:
         self._lease = lease
         self._spec = device_spec(self._config, lease, self._underlay)
         key = subnet_key(lease.subnet, lease.subnet6)
-        links = tuple(link for link in self._underlay.links if not self._config.block.covers(link))
+        links = occupied_links(self._underlay, self._config.block, lease.subnet)
         self._table = LeaseTable(self._config, Host(key, lease.subnet, lease.attrs.public_ip, vtep.mac, links))
         self._prepared = self._announced = False
 

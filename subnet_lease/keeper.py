@@ -16,8 +16,9 @@ import contextlib
 import random
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import structlog
@@ -64,8 +65,9 @@ class Keeper:
 
     `attrs_for` gives what to publish, from the lease held before (its MAC is to be kept) or None. `ttl` is what a new
     etcd lease is granted, in seconds; it is renewed `renew_margin` seconds before its end, or after half of its time if
-    that is later. `preferred` is the subnet to take if it is free. `on_lease` is called by `run` with each lease that
-    differs from the last: another subnet, another etcd lease, or a value that had to be written.
+    that is later. `preferred` is the subnet to take if it is free; none that overlaps a block in `avoid` is taken.
+    `on_lease` is called by `run` with each lease that differs from the last: another subnet, another etcd lease, or a
+    value that had to be written.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class Keeper:
         renew_margin: float,
         on_lease: Callable[[Lease], None],
         preferred: Prefix | None = None,
+        avoid: Collection[Prefix] = (),
         clock: Callable[[], float] = boot_clock,
         pick: Callable[[int], int] = random.randrange,
         jitter: Callable[[], float] = random.random,
@@ -92,6 +95,7 @@ class Keeper:
         self._renew_margin = renew_margin
         self._on_lease = on_lease
         self._preferred = preferred
+        self._avoid = avoid
         self._clock = clock
         self._pick = pick
         self._backoff = Backoff(jitter)
@@ -218,7 +222,7 @@ class Keeper:
         return self._hold(replace(lease, attrs=attrs), asked_at, seconds)
 
     def _take(self, records: Iterable[Record], attrs: LeaseAttrs, value: bytes) -> Lease | None:
-        subnet = choose_subnet(self._config, _subnets(records), self._preferred, self._pick)
+        subnet = choose_subnet(self._config, chain(_subnets(records), self._avoid), self._preferred, self._pick)
         asked_at = self._clock()
         etcd_lease = self._grant()
         revision = self._store.create(subnet_key(subnet), value, etcd_lease)

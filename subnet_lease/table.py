@@ -152,7 +152,7 @@ class LeaseTable:
             return f"the subnet overlaps this host's own, {host.subnet}"
         for link in host.links:
             if subnet.overlaps(link):
-                return f"the subnet overlaps {link}, which this host's underlay uses"
+                return f"the subnet overlaps {link}, which a link of this host uses"
         if attrs.backend_type != config.backend.type:
             return f"the backend is {attrs.backend_type[:32]!r}, the network's is {config.backend.type!r}"
         if attrs.vtep is None:

@@ -498,3 +498,48 @@ def test_host_is_taken_over_from_flanneld_under_a_ping_with_no_packet_lost(make_
     # Nexthop and route; and the FDB entry, which iproute2 marks "noarp" where flanneld and we do not.
     (written,) = events(h2, "reconciled")
     assert (written["put"], written["dropped"]) == (3, 3)
+
+
+def test_lease_cannot_take_a_network_this_host_is_linked_to(make_lab: Callable[..., Lab]) -> None:
+    lab = make_lab(hosts=2, pods=0)
+    lab.make_network()
+    h1, _ = lab.hosts
+    h1.ip("link add mgmt type bridge", "addr add 10.244.66.1/24 dev mgmt", "link set mgmt up")
+    lab.start_etcd()
+    lab.write_config({"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}})
+    put_peer(lab, 66)
+    put_peer(lab, 67)
+    for host in lab.hosts:
+        host.start_agent()
+    for host in lab.hosts:
+        host.wait_ready()
+    assert "10.244.66.0/24" not in entries(h1)["route"]
+    assert "10.244.67.0/24" in entries(h1)["route"]
+    (route,) = h1.json("ip", "route", "show", "10.244.66.0/24")
+    assert (route["dev"], route["protocol"]) == ("mgmt", "kernel")
+
+
+def test_host_takes_no_subnet_that_one_of_its_links_uses(make_lab: Callable[..., Lab]) -> None:
+    config = {"Network": "10.244.0.0/22", "SubnetMax": "10.244.2.0", "Backend": {"Type": "vxlan"}}
+    lab = make_lab(hosts=1, pods=0, config=config)
+    lab.make_network()
+    (h1,) = lab.hosts
+    h1.ip("link add mgmt type bridge", "addr add 10.244.1.77/24 dev mgmt", "link set mgmt up")
+    lab.start_etcd()
+    lab.write_config(config)
+    h1.start_agent()
+    h1.wait_ready()
+    assert h1.subnet == "10.244.2.0/24"
+
+
+def test_network_that_contains_the_hosts_own_address_is_refused(make_lab: Callable[..., Lab]) -> None:
+    lab = make_lab(hosts=1, pods=0)
+    lab.make_network()
+    lab.start_etcd()
+    lab.write_config({"Network": "172.16.0.0/12", "Backend": {"Type": "vxlan"}})
+    (h1,) = lab.hosts
+    options = ("--etcd-endpoints", "http://172.30.0.1:2379", "--iface", "eth0", "--subnet-file", str(h1.subnet_file))
+    refused = h1.run(*AGENT, "run", *options)
+    assert refused.returncode == 1
+    assert "Network: 172.16.0.0/12 contains this host's own address 172.30.0.11" in refused.stderr
+    assert lab.leases() == []

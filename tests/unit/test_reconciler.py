@@ -278,9 +278,19 @@ def test_lease_that_cannot_be_believed_is_counted_and_harms_nobody(agent: Agent)
     assert agent.state.rejected == 1
 
 
-def test_links_inside_the_overlay_are_no_reason_to_reject_a_peer() -> None:
-    bridge = Prefix.parse("10.0.1.0/24")
-    made = Agent(underlay=Underlay("eth0", 2, UNDERLAY.address, 1500, (*UNDERLAY.links, bridge), "test"))
+def agent_linked_to(*blocks: str) -> Agent:
+    links = (*UNDERLAY.links, *map(Prefix.parse, blocks))
+    return Agent(underlay=Underlay("eth0", 2, UNDERLAY.address, 1500, links, "test"))
+
+
+def test_link_inside_the_overlay_is_kept_from_leases() -> None:
+    made = agent_linked_to("10.0.1.0/24")
+    made.post(snapshot([1, 2]))
+    assert (made.state.peers, made.state.rejected) == (1, 1)
+
+
+def test_link_that_contains_the_whole_overlay_is_no_reason_to_reject_a_peer() -> None:
+    made = agent_linked_to("10.0.0.0/7")
     made.post(snapshot([1]))
     assert made.state.peers == 1
 

@@ -88,7 +88,7 @@ def test_own_lease_is_neither_accepted_nor_rejected() -> None:
         (record("10.0.0.0-15", 1, 5), "the subnet lies outside 10.0.0.0/16"),
         (record("10.0.200.0-25", 1, 5), "the subnet overlaps this host's own, 10.0.200.0/24"),
         (record("10.0.192.0-20", 1, 5), "the subnet overlaps this host's own, 10.0.200.0/24"),
-        (record("10.0.130.0-24", 1, 5), "the subnet overlaps 10.0.128.0/22, which this host's underlay uses"),
+        (record("10.0.130.0-24", 1, 5), "the subnet overlaps 10.0.128.0/22, which a link of this host uses"),
         (record("10.0.1.0-24", 1, 5, BackendType="host-gw"), "the backend is 'host-gw', the network's is 'vxlan'"),
         (record("10.0.1.0-24", 1, 5, BackendData=None), "BackendData has no VtepMAC"),
         (
