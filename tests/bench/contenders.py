@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -59,8 +59,10 @@ class Start:
     stages: dict[str, float]
 
 
-def start_agent(place: Namespace, endpoint: str, prefix: str, directory: Path) -> Start:
-    """Start an agent, wait until it is ready, measure, and kill it; the dataplane stays, as after a crash."""
+def start_agent(
+    place: Namespace, endpoint: str, prefix: str, directory: Path, meanwhile: Callable[[], None] = lambda: None
+) -> Start:
+    """Start an agent, wait until it is ready, measure, do `meanwhile`, and kill it; the dataplane stays."""
     log_path = directory / "agent.log"
     with _notifications(directory / "notify") as notify, log_path.open("wb") as log:
         argv = [
@@ -86,6 +88,7 @@ def start_agent(place: Namespace, endpoint: str, prefix: str, directory: Path) -
             ready = _await_ready(process, notify)
             cpu = _cpu_seconds(process.pid)
             memory = _memory(process.pid)
+            meanwhile()
         except Failed as failure:
             raise Failed(f"{failure}; its log:\n{log_path.read_text()}") from None
         finally:
@@ -95,7 +98,8 @@ def start_agent(place: Namespace, endpoint: str, prefix: str, directory: Path) -
     stages: dict[str, float] = {}
     for event in events:
         stages.setdefault(event["event"], datetime.fromisoformat(event["timestamp"]).timestamp() - epoch)
-    passes = [event for event in events if event["event"] == "reconciled"]
+    ready_at = next(number for number, event in enumerate(events) if event["event"] == "ready")
+    passes = [event for event in events[:ready_at] if event["event"] == "reconciled"]
     return Start(
         ready_s=ready - started,
         cpu_s=cpu,

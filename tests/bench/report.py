@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from statistics import linear_regression, median
 from typing import Any
 
-from tests.bench.run import PYROUTE2_MOST, SMALL
+from tests.bench.run import JOINS, PYROUTE2_MOST, SMALL
 
 BUDGET_SMALL_S = 0.5
 BUDGET_OVER_KERNEL_S = 1.0
 BUDGET_RATIO = {5000: 0.5, 15000: 0.1}
 BUDGET_RESTART_S = 1.5
+BUDGET_JOIN_MS = (2.5, 5.0)
 BUDGET_IDLE_MB = 56.0
 BUDGET_FULL_MB = 80.0
 FULL = 15000
@@ -20,6 +21,8 @@ FLANNELD_START = {1000: (1.4, 0.6), 5000: (5.6, 3.4), 15000: (21.5, 14.4)}
 """flanneld v0.28.9 on this type of machine, earlier: peers -> (seconds, CPU seconds) from start to all entries."""
 FLANNELD_SMALL_S = 0.36
 """From start to subnet.env with 3 hosts."""
+FLANNELD_JOIN_MS = {1000: (2.6, 5.0), 15000: (4.2, 7.2)}
+"""Peers -> median and 99th percentile from the start of the put to the route."""
 FLANNELD_RESTART = (5000, 4.9)
 """Peers, and seconds until a restart among unchanged peers was steady; every entry was written again."""
 FLANNELD_MB = (42, 66)
@@ -50,7 +53,7 @@ class Figures:
         self.repeat: int = result["repeat"]
         self._samples = result["samples"]
 
-    def all(self, contender: str, size: int, field: str = "") -> list[float]:
+    def all(self, contender: str, size: int, field: str = "") -> list[Any]:
         """One value for each repetition; `field` of a start, or the seconds of any other contender."""
         samples = self._samples[contender][str(size)]
         return [sample[field] if field else sample for sample in samples]
@@ -82,6 +85,7 @@ def render(result: dict[str, Any], command: str) -> str:
         *_start(figures),
         *_iproute2(figures),
         *_growth(figures),
+        *_changes(figures),
         *_stages(figures),
         *_restart(figures),
         *_memory(figures),
@@ -176,6 +180,33 @@ def _growth(figures: Figures) -> list[str]:
         f"The slope of the logarithm of the time over that of the number of peers, fitted to {sizes}: 1 is linear, 2 "
         f"quadratic. Budget: linear, at most {SLOPE_LINEAR}.",
         _table(("time", "slope"), rows),
+    ]
+
+
+def _changes(figures: Figures) -> list[str]:
+    rows = []
+    for size in (SMALL, *figures.sizes):
+        cells = []
+        for kind in ("joins", "leaves", "writes"):
+            ms = sorted(1000 * each for sample in figures.all("changes", size, kind) for each in sample)
+            middle, late = median(ms), ms[math.ceil(0.99 * len(ms)) - 1]
+            text = [f"{middle:.1f}", f"{late:.1f}", f"{ms[-1]:.1f}"]
+            if kind == "joins":
+                text = [
+                    _verdict(middle, BUDGET_JOIN_MS[0], "ms", 1),
+                    _verdict(late, BUDGET_JOIN_MS[1], "ms", 1),
+                    text[2],
+                ]
+            cells.append(" / ".join(text))
+        theirs = "{} / {}".format(*FLANNELD_JOIN_MS[size]) if size in FLANNELD_JOIN_MS else ""
+        rows.append((f"{size:,}", *cells, theirs))
+    return [
+        "## One host joins, one host leaves",
+        "Milliseconds from the start of the write to etcd to the kernel's announcement of the route: median / 99th "
+        f"percentile / most of {JOINS * figures.repeat} joins and leaves, one after the other. *etcd alone*: until the "
+        "write is answered, which is in the others too. Budget for a join, at every size: median "
+        "{} ms, 99th percentile {} ms.".format(*BUDGET_JOIN_MS),
+        _table(("peers", "join", "leave", "etcd alone", "flanneld v0.28.9, join"), rows),
     ]
 
 

@@ -12,13 +12,16 @@ import structlog
 from overlay.netns import Namespace
 from subnet_lease.keeper import release_lease
 from subnet_lease.model import Lease, pack_address
-from tests.bench import contenders, machine
+from tests.bench import contenders, joins, machine
 from tests.bench.peers import ETCD_ENDPOINT, OWN_IP, leases, load
 from tests.bench.place import compare, fresh_place, hub, inside
 from tests.faults.etcd_process import SOCKET, EtcdProcess
 
 SMALL = 2
 """Peers in the smallest cluster measured: three hosts with this one. What is spent there is spent at any size."""
+
+JOINS = 200
+"""Hosts that join and leave again in each repetition."""
 
 PYROUTE2_MOST = 1000
 """Peers beyond which pyroute2 is not measured: its cost is linear, and tens of seconds by then."""
@@ -69,13 +72,17 @@ def _prefix(size: int) -> str:
 def _agent(
     samples: Samples, home: Namespace, etcd: EtcdProcess, directory: Path, size: int, peers: Sequence[Lease]
 ) -> None:
-    """A first start on an empty kernel, then one that finds everything in place."""
+    """A first start on an empty kernel, then one that finds everything in place; then others join and leave."""
+    store = etcd.store(_prefix(size))
+
+    def others_come_and_go() -> None:
+        _note(samples, "changes", size, dataclasses.asdict(joins.measure(place, store, JOINS)))
+
     with fresh_place(home) as place:
-        for name in ("agent", "restart"):
-            start = contenders.start_agent(place, ETCD_ENDPOINT, _prefix(size), directory)
+        for name, meanwhile in (("agent", lambda: None), ("restart", others_come_and_go)):
+            start = contenders.start_agent(place, ETCD_ENDPOINT, _prefix(size), directory, meanwhile)
             compare(place, peers, nexthops=True)
             _note(samples, name, size, dataclasses.asdict(start))
-    store = etcd.store(_prefix(size))
     release_lease(store, pack_address(OWN_IP))
     store.close()
 
