@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import signal
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -68,6 +69,12 @@ def _nothing_left_behind() -> Iterator[None]:
     yield
     left = [name for name in labs() if name.startswith(_OWN_LABS)]
     assert not left, f"labs of this test run remain: {left}"
+
+
+def pytest_configure() -> None:
+    # A run in the background of a shell ignores SIGINT and would hand that on to the processes under test.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
