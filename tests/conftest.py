@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import pytest
 
-from overlay.cluster import Lab, labs, orphans
+from overlay.cluster import NETWORK_CONFIG, Lab, labs, orphans
 from overlay.lab import require_root_and_programs
 from overlay.netns import NamespaceError
 from subnet_lease.etcd import EtcdStore
@@ -24,6 +24,9 @@ _numbers = itertools.count()
 
 MakeLab = Callable[..., Lab]
 
+_CONFIG = {**NETWORK_CONFIG, "SubnetMax": "10.244.199.0"}
+"""Hosts choose at random; what lies above is the tests' own to hand out."""
+
 
 def connect(endpoint: str) -> Store:
     """The lease store of a lab's etcd, as `Lab.connect` wants it."""
@@ -35,7 +38,7 @@ def _lab_factory() -> Iterator[MakeLab]:
     with contextlib.ExitStack() as stack:
 
         def make(**options: object) -> Lab:
-            lab = Lab(f"{_OWN_LABS}{next(_numbers)}", tied=True, **{"connect": connect, **options})
+            lab = Lab(f"{_OWN_LABS}{next(_numbers)}", tied=True, **{"connect": connect, "config": _CONFIG, **options})
             stack.callback(lab.down)
             return lab
 

@@ -164,12 +164,12 @@ def test_hostile_leases_harm_nobody(shared_lab: Lab) -> None:
     good = encode_attrs(LeaseAttrs(bytes((172, 30, 200, 9)), "vxlan", Vtep(1, bytes((2, 0, 0, 0, 9, 9)))))
     hostile = {
         "garbage": b"\xff\x00",
-        "10.244.9.0-24": b"{" * 100_000,
+        "10.244.209.0-24": b"{" * 100_000,
         "10.9.9.0-24": good,
         "172.30.0.0-16": good,
         h1.subnet.replace(".0/24", ".128-25"): good,
-        "10.244.8.0-24": good.replace(b"172.30.200.9", b"224.0.0.1"),
-        "10.244.7.0-24": good.replace(b'"VNI":1', b'"VNI":7'),
+        "10.244.208.0-24": good.replace(b"172.30.200.9", b"224.0.0.1"),
+        "10.244.207.0-24": good.replace(b'"VNI":1', b'"VNI":7'),
     }
     for key, value in hostile.items():
         assert shared_lab.store.create(key, value, 0)
@@ -196,7 +196,7 @@ DRIFT = {
     "fdb entry with a second remote": "bridge fdb append {mac} dev flannel.1 dst 172.30.99.99",
     "nexthops flushed": "ip nexthop flush proto 111",
     "address removed": "ip addr flush dev flannel.1",
-    "address added": "ip addr add 10.244.99.1/24 dev flannel.1",
+    "address added": "ip addr add 10.244.222.1/24 dev flannel.1",
     "link down": "ip link set flannel.1 down",
     "mtu changed": "ip link set flannel.1 mtu 1200",
     "mac changed": "ip link set flannel.1 address 02:00:00:00:00:02",
@@ -441,7 +441,7 @@ def test_host_is_taken_over_from_flanneld_under_a_ping_with_no_packet_lost(make_
     lab = make_lab(hosts=2, pods=1)
     lab.make_network()
     lab.start_etcd()
-    lab.write_config({"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}})
+    lab.write_config({"Network": "10.244.0.0/16", "SubnetMax": "10.244.199.0", "Backend": {"Type": "vxlan"}})
     h1, h2 = lab.hosts
     h1.start_agent()
     h1.wait_ready()
@@ -455,20 +455,20 @@ def test_host_is_taken_over_from_flanneld_under_a_ping_with_no_packet_lost(make_
         f'"BackendData":{{"VNI":1,"VtepMAC":"{mac}"}}}}'
     )
     etcd_lease = lab.store.grant(86400)
-    assert lab.store.create("10.244.99.0-24", value.encode(), etcd_lease)
+    assert lab.store.create("10.244.219.0-24", value.encode(), etcd_lease)
     h2.subnet_file.write_text(
-        "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.99.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n"
+        "FLANNEL_NETWORK=10.244.0.0/16\nFLANNEL_SUBNET=10.244.219.1/24\nFLANNEL_MTU=1450\nFLANNEL_IPMASQ=false\n"
     )
     base, peer_mac = format_address(own.subnet.base), format_mac(own.attrs.vtep.mac)
     h2.ip(
         f"link add flannel.1 address {mac} mtu 1450 type vxlan id 1 local {h2.underlay_ip} dev eth0 dstport 8472 "
         "nolearning",
-        "addr add 10.244.99.0/32 dev flannel.1",
+        "addr add 10.244.219.0/32 dev flannel.1",
         "link set flannel.1 up",
         f"neigh add {base} lladdr {peer_mac} dev flannel.1 nud permanent",
         f"route add {own.subnet} via {base} dev flannel.1 onlink",
-        "neigh add 10.244.77.0 lladdr be:ef:00:00:00:77 dev flannel.1 nud permanent",
-        "route add 10.244.77.0/24 via 10.244.77.0 dev flannel.1 onlink",
+        "neigh add 10.244.217.0 lladdr be:ef:00:00:00:77 dev flannel.1 nud permanent",
+        "route add 10.244.217.0/24 via 10.244.217.0 dev flannel.1 onlink",
     )
     for entry in (f"{peer_mac} dst {h1.underlay_ip}", "be:ef:00:00:00:77 dst 172.30.9.9"):
         assert h2.run("sh", "-c", f"bridge fdb add {entry} dev flannel.1 self permanent").returncode == 0
@@ -486,7 +486,7 @@ def test_host_is_taken_over_from_flanneld_under_a_ping_with_no_packet_lost(make_
     assert received == sent
     link = h2.json("ip", "link", "show", "flannel.1")[0]
     assert (link["ifindex"], link["address"]) == (index, mac)
-    assert h2.subnet == "10.244.99.0/24"
+    assert h2.subnet == "10.244.219.0/24"
     (lease,) = (lease for lease in lab.leases() if lease.subnet != own.subnet)
     assert (lease.etcd_lease, lease.attrs.vtep) == (etcd_lease, Vtep(1, bytes.fromhex(mac.replace(":", ""))))
     # The route is in place of flannel's, and what flannel had kept of a host without a lease is gone.
