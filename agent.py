@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import overlay
 from overlay.options import (
+    EXIT_UNUSABLE_OPTIONS,
     EtcdOptions,
     HostOptions,
     OptionError,
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 
 Chosen = TypeVar("Chosen", bound=EtcdOptions)
 
-USAGE = 2
 STALLED = 30.0
 """Seconds without a pass after which the reconciler counts as hung: it makes one every few seconds when idle."""
 
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _carry_out(_parser(arguments).parse_args(arguments))
     except OptionError as error:
         print(format_error(error), file=sys.stderr)
-        return USAGE
+        return EXIT_UNUSABLE_OPTIONS
     except Refusal as refusal:
         print(f"overlay-agent: {refusal}", file=sys.stderr)
         return 1

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -159,33 +159,3 @@ def _journal_line(logger: WrappedLogger, method: str, event: EventDict) -> str:
     """Renderer: the severity leads, as sd-daemon(3) has it, so that `journalctl -p warning` works; it is not stored."""
     severity = _SYSLOG.get(event["level"], 6)
     return f"<{severity}>{_json_line(logger, method, event)}"
-
-
-# --- repetition --------------------------------------------------------------------------------------------------
-
-
-class Throttle:
-    """Lets an event through once in `seconds`, and then says how many it has kept back. Not for several threads.
-
-    `clock` gives seconds that never go back.
-    """
-
-    def __init__(self, seconds: float, clock: Callable[[], float]) -> None:
-        self._seconds = seconds
-        self._clock = clock
-        self._last: dict[str, tuple[float, int]] = {}
-
-    def admit(self, event: str) -> int | None:
-        """How many like it were kept back since the last one that was let through; None if this one is, too."""
-        now = self._clock()
-        told, kept_back = self._last.get(event, (None, 0))
-        if told is not None and now - told < self._seconds:
-            self._last[event] = (told, kept_back + 1)
-            return None
-        self._last = {name: entry for name, entry in self._last.items() if entry[1] or now - entry[0] < self._seconds}
-        self._last[event] = (now, 0)
-        return kept_back
-
-    def forget(self, event: str) -> None:
-        """It is over: the next one like it is news."""
-        self._last.pop(event, None)

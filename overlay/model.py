@@ -14,7 +14,6 @@ from subnet_lease.model import Prefix, format_address, format_mac
 PROTOCOL = 111
 """rtm_protocol of our routes and nexthop objects: the mark by which a restarted agent knows its own."""
 
-PROTOCOL_KERNEL = 2
 PROTOCOL_BOOT = 3
 """What flanneld, and `ip route add` by hand, leave in rtm_protocol."""
 

@@ -165,7 +165,6 @@ def _key_prefix(text: str) -> str:
     return text.rstrip("/")
 
 
-TEXT = Kind("TEXT", _text)
 FILE = Kind("FILE", _text)
 NAME = Kind("NAME", _name)
 SECRET = Kind("TEXT", _secret)

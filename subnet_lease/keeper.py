@@ -61,7 +61,7 @@ def boot_clock() -> float:
 
 
 class Keeper:
-    """Owns the host's lease. `acquire` once, then `run` as a thread's body; `check`, `move` and `stop` from any thread.
+    """Owns the host's lease. `acquire` once, then `run` as a thread's body; `check`, `saw` and `stop` from any thread.
 
     `attrs_for` gives what to publish, from the lease held before (its MAC is to be kept) or None. `ttl` is what a new
     etcd lease is granted, in seconds; it is renewed `renew_margin` seconds before its end, or after half of its time if
@@ -176,22 +176,10 @@ class Keeper:
         if touched:
             self.check()
 
-    def move(self, public_ip: bytes) -> None:
-        """The host's underlay address is now `public_ip`: have `run` publish it in the lease that is held."""
-        self._public_ip = public_ip
-        self._wake.set()
-
     def stop(self) -> None:
         """End `acquire` and `run`; at once while they wait, within a call's deadline otherwise. The lease stays."""
         self._stopped.set()
         self._wake.set()
-
-    def release(self) -> None:
-        """Give the subnet back, for a host that leaves; after `run` has ended. A reservation stays. StoreError."""
-        lease, self._lease = self._lease, None
-        if lease is not None and not lease.reserved:
-            self._store.revoke(lease.etcd_lease)
-            self._log.info("lease_released", subnet=str(lease.subnet))
 
     # --- one round: read, then at most one write ---
 
@@ -233,16 +221,11 @@ class Keeper:
 
     def _own(self, records: Iterable[Record]) -> tuple[Record, Lease] | tuple[None, None]:
         """Our record: of the subnet preferred or held, else the eldest."""
-        held = self._lease
-        addresses = {self._public_ip} if held is None else {self._public_ip, held.attrs.public_ip}
         network, length = self._config.block, self._config.subnet_len
         own = [
             (lease.subnet != self._preferred, lease.create_revision, record, lease)
-            for address in addresses
-            for record, lease in leases_of(records, address)
+            for record, lease in leases_of(records, self._public_ip)
             if lease.subnet.length == length and network.covers(lease.subnet)
-            # Another host may have our former address by now; the subnet says whose record it is.
-            if address == self._public_ip or (held is not None and lease.subnet == held.subnet)
         ]
         if not own:
             return None, None

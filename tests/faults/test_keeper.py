@@ -236,7 +236,7 @@ def test_a_reservation_is_used_as_it_is(store: EtcdStore) -> None:
     host = Host(store)
     lease = host.acquire()
     assert (str(lease.subnet), lease.reserved, lease.mod_revision) == ("10.5.6.0/24", True, created)
-    host.keeper.release()
+    release_lease(store, address(host.number))
     assert records(store)["10.5.6.0-24"] == Record("10.5.6.0-24", value_of(1), 0, created, created)
 
 
@@ -325,18 +325,6 @@ def test_a_check_that_finds_all_well_writes_and_tells_nothing(store: EtcdStore) 
         host.keeper.check()
         wait_until(lambda: not host.keeper._wake.is_set())
     assert (host.leases, records(store)) == ([], before)
-
-
-def test_a_host_that_moves_publishes_its_new_address_in_the_same_lease(store: EtcdStore) -> None:
-    host = Host(store)
-    first = host.acquire()
-    with host.running():
-        host.number = 7
-        host.keeper.move(address(7))
-        wait_until(lambda: host.leases, 3)
-    assert (host.leases[0].subnet, host.leases[0].etcd_lease) == (first.subnet, first.etcd_lease)
-    mac = first.attrs.vtep.mac if first.attrs.vtep else None
-    assert [record.value for record in records(store).values()] == [encode_attrs(attrs(7, mac))]
 
 
 # --- faults ---
@@ -447,15 +435,6 @@ def test_an_etcd_that_is_away_costs_no_cpu(fragile: EtcdProcess) -> None:
 
 
 # --- giving it back ---
-
-
-def test_a_release_frees_the_subnet_and_ends_the_etcd_lease(store: EtcdStore) -> None:
-    host = Host(store)
-    lease = host.acquire()
-    host.keeper.release()
-    host.keeper.release()
-    assert store.snapshot().records == ()
-    assert store.time_left(lease.etcd_lease) == 0
 
 
 def test_a_lease_is_released_for_an_agent_that_no_longer_runs(store: EtcdStore) -> None:

@@ -179,28 +179,3 @@ def test_stderr_is_the_stream_unless_another_is_given() -> None:
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(ended.stderr)["event"] == "e"
     assert ended.stdout == ""
-
-
-def test_a_throttle_lets_one_through_in_its_time_and_counts_the_rest() -> None:
-    now = 0.0
-    throttle = logs.Throttle(10, lambda: now)
-    assert throttle.admit("a") == 0
-    assert throttle.admit("b") == 0
-    now = 9.9
-    assert throttle.admit("a") is None
-    assert throttle.admit("a") is None
-    now = 10.0
-    assert throttle.admit("a") == 2
-    assert throttle.admit("a") is None
-    throttle.forget("a")
-    throttle.forget("never_seen")
-    assert throttle.admit("a") == 0
-
-
-def test_a_throttle_does_not_grow_with_the_events_it_has_seen() -> None:
-    now = 0.0
-    throttle = logs.Throttle(10, lambda: now)
-    for number in range(1000):
-        throttle.admit(f"event {number}")
-        now += 1
-    assert len(throttle._last) <= 11
