@@ -27,7 +27,7 @@ def cleanup(kernel: Kernel, subnet_path: str) -> Iterator[Removed]:
     previous = subnet_file.read(subnet_path)
     for device in kernel.own_devices():
         kernel.device = device.index
-        entries = kernel.dump(kernel.has_nexthops())
+        entries = list(kernel.dump(kernel.has_nexthops()))
         if kernel.remove_device(device.name):
             what = f"device {device.name} with {len(entries)} FDB, neighbour, nexthop and route entries"
             yield Removed(what, device.local)

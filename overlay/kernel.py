@@ -16,13 +16,13 @@ import select
 import socket
 import struct
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from overlay import rtnl
 from overlay.device import OWNER, DeviceSpec, FoundDevice, adjustments, incompatibility
-from overlay.model import Drop, Entry, Gone, Op, Put, Sight
+from overlay.model import Drop, Entry, Gone, Op, Put, Refusal, Sight
 from subnet_lease.model import Prefix, format_address, format_mac, pack_address, pack_mac
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ ABSENT = (errno.ENOENT, errno.ESRCH, errno.ENODEV)
 """What the kernel answers when an entry to be removed, or the device it was on, is not there."""
 
 DUMP_ATTEMPTS = 5
+
+_NOBODY = 0xFFFFFFFF
+"""The sequence number of messages whose answer concerns no one."""
 
 _SOL_NETLINK = 270
 _EXT_ACK, _CAP_ACK, _STRICT_CHECK = 11, 10, 12
@@ -151,57 +154,54 @@ class Kernel:
 
     # --- entries ---
 
-    def apply(self, ops: Sequence[Op]) -> list[tuple[Op, int]]:
-        """Carry out `ops` in their order; each with its errno, 0 for done. One failing keeps no other from being tried.
+    def apply(self, ops: Sequence[Op]) -> list[Refusal]:
+        """Carry out `ops` in their order; returns those that were refused. One failing keeps no other from being tried.
 
         Raises KernelRefused if the socket itself fails, when nothing is known of what was done: dump and compare.
         """
-        results: list[tuple[Op, int]] = []
+        refusals: list[Refusal] = []
         for start in range(0, len(ops), BATCH):
-            results += self._apply_batch(ops[start : start + BATCH])
+            refusals += self._apply_batch(ops[start : start + BATCH])
             self._drain()
-        return results
+        return refusals
 
-    def _apply_batch(self, ops: Sequence[Op]) -> list[tuple[Op, int]]:
-        device = self.device
-        outgoing: list[bytes] = []
-        numbers: list[int] = []
-        for op in ops:
+    def _apply_batch(self, ops: Sequence[Op]) -> list[Refusal]:
+        device, end = self.device, len(ops)
+        batch: list[bytes] = []
+        for number, op in enumerate(ops):
             if isinstance(op, Put):
                 if op.afresh:
                     # Whether there was anything to remove is no matter.
-                    outgoing.append(rtnl.drop(op.entry, device, len(outgoing), ack=False))
-                message = rtnl.put(op.entry, device, len(outgoing), ack=False)
+                    batch.append(rtnl.drop(op.entry, device, _NOBODY, ack=False))
+                batch.append(rtnl.put(op.entry, device, number, ack=False))
             else:
-                message = rtnl.drop(op.entry, device, len(outgoing), ack=False)
-            numbers.append(len(outgoing))
-            outgoing.append(message)
-        refused = self._exchange(outgoing)
-        results = []
-        for op, number in zip(ops, numbers, strict=True):
-            code = refused.get(number, 0)
-            results.append((op, 0 if code in ABSENT and isinstance(op, Drop) else code))
-        return results
+                batch.append(rtnl.drop(op.entry, device, number, ack=False))
+        batch.append(rtnl.end_of_batch(end))
+        answers = self._exchange(b"".join(batch), end)
+        return [
+            Refusal(ops[number], code)
+            for number, code in answers.items()
+            if number < end and not (code in ABSENT and isinstance(ops[number], Drop))
+        ]
 
-    def _exchange(self, outgoing: list[bytes]) -> dict[int, int]:
-        """Send messages numbered from 0 in one go; the errno of each that was refused, by its number.
+    def _exchange(self, batch: bytes, end: int) -> dict[int, int]:
+        """Send messages in one go; errno by number for each that was answered, the last of them `end`.
 
         The kernel answers what it refuses, asked or not. What it carries out need not be answered, which at 15,000
         hosts saves 60,000 answers: an acknowledged end tells that all before it has been tried.
         """
-        refused: dict[int, int] = {}
-        end = len(outgoing)
+        answers: dict[int, int] = {}
         try:
-            self._commands.send(b"".join([*outgoing, rtnl.end_of_batch(end)]))
-            while end not in refused:
+            self._commands.send(batch)
+            while end not in answers:
                 buffer = self._commands.recv(65536)
                 for message in rtnl.messages(buffer):
                     if message.kind == rtnl.NLMSG_ERROR:
-                        refused[message.sequence] = rtnl.error_of(buffer, message)
+                        answers[message.sequence] = rtnl.error_of(buffer, message)
         except OSError as error:
             self._renew_commands()
             raise KernelRefused("netlink batch", error.errno or errno.ETIMEDOUT) from error
-        return refused
+        return answers
 
     def _renew_commands(self) -> None:
         """After a lost answer the socket may hold answers to questions nobody asks any more."""
@@ -210,12 +210,13 @@ class Kernel:
         self._commands.settimeout(10)
         _drop_from(self._monitor, self._commands)
 
-    def dump(self, nexthops: bool) -> list[Entry]:
-        """All entries on our device, whoever made them. Raises KernelRefused."""
-        entries: list[Entry] = []
+    def dump(self, nexthops: bool) -> Iterator[Entry]:
+        """All entries on our device, whoever made them. Raises KernelRefused.
+
+        Read kind by kind, as they are asked for: no more than one table of the kernel's is in memory at a time.
+        """
         for request in rtnl.dump_requests(self.device, nexthops):
-            entries += self._dump(request)
-        return entries
+            yield from self._dump(request)
 
     def has_nexthops(self) -> bool:
         """Whether this kernel (5.3 and later) has nexthop objects."""

@@ -10,7 +10,7 @@ remembered but the difference. No peer entry is written before the first complet
 
 import errno
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -19,8 +19,8 @@ import structlog
 from overlay.desired import Local, entries_for, ours
 from overlay.device import DeviceSpec, Underlay, device_spec, occupied_links
 from overlay.kernel import DeviceOccupied, KernelRefused, Seen
-from overlay.model import Drop, Entry, Op, Put
-from overlay.tracker import Drift, Refusal, Tracker
+from overlay.model import Entry, Op, Put, Refusal
+from overlay.tracker import Drift, Tracker
 from subnet_lease.model import Lease, NetworkConfig, subnet_key
 from subnet_lease.store import Changes, Snapshot
 from subnet_lease.table import Host, LeaseTable
@@ -44,8 +44,8 @@ class Dataplane(Protocol):
     def wait(self, seconds: float | None) -> None: ...
     def interrupt(self) -> None: ...
     def observe(self) -> Seen: ...
-    def apply(self, ops: list[Op]) -> list[tuple[Op, int]]: ...
-    def dump(self, nexthops: bool) -> list[Entry]: ...
+    def apply(self, ops: list[Op]) -> list[Refusal]: ...
+    def dump(self, nexthops: bool) -> Iterable[Entry]: ...
     def has_nexthops(self) -> bool: ...
     def ensure_device(self, spec: DeviceSpec) -> tuple[str, ...]: ...
 
@@ -180,21 +180,17 @@ class Reconciler:
             self._log.warning("notifications_lost", remedy="all entries are read again and compared")
         if self._doubt or seen.lost or seen.device_changed:
             drifts += self._look_again()
-        puts = drops = 0
         refusals: list[Refusal] = []
         ops = self._tracker.pending() if self._complete else []
         if ops:
-            results = self._kernel.apply(ops)
-            refusals = self._tracker.settle(results)
-            done = [op for op, code in results if not code]
-            puts = sum(isinstance(op, Put) for op in done)
-            drops = sum(isinstance(op, Drop) for op in done)
+            refusals = self._kernel.apply(ops)
+            self._tracker.settle(refusals)
         if refusals:
             self._postpone()
             self._doubt = self._doubt or any(refusal.errno == errno.ENODEV for refusal in refusals)
         else:
             self._retry = 0.0
-        self._report(puts, drops, refusals, drifts, self._clock() - started)
+        self._report(ops, refusals, drifts, self._clock() - started)
         if self._complete and not self._announced:
             self._announced = True
             self._on_ready(self._lease, self._spec)
@@ -220,8 +216,11 @@ class Reconciler:
 
     # --- what people see ---
 
-    def _report(self, puts: int, drops: int, refusals: list[Refusal], drifts: list[Drift], seconds: float) -> None:
+    def _report(self, ops: list[Op], refusals: list[Refusal], drifts: list[Drift], seconds: float) -> None:
         """The one line of a pass that changed something."""
+        refused_puts = sum(isinstance(refusal.op, Put) for refusal in refusals)
+        puts = sum(isinstance(op, Put) for op in ops) - refused_puts
+        drops = len(ops) - len(refusals) - puts
         self._drift += len(drifts)
         facts: dict[str, object] = {}
         if drifts:

@@ -1,15 +1,17 @@
-"""What the kernel should hold, what it holds, and the writes that close the gap.
+"""What the kernel should hold, where it does not, and the writes that close the gap.
 
-Owns `want` (from leases), `have` (from dumps, the monitor and acks) and the set of keys where they may differ. No I/O
-and no clock: facts go in, an ordered list of operations comes out, and each pass starts from what is true by then. A
-refused operation stays in the gap, and so does an entry that somebody removed: nothing else remembers history.
+Owns `want` (from leases) and the gap: what stands, or that nothing stands, under each key where the kernel is not known
+to be as it should be (from dumps, the monitor and the kernel's answers). Everywhere else it holds what is wanted, so
+a dataplane in order costs one mapping. No I/O and no clock: facts go in, an ordered list of operations comes out, and
+each pass starts from what is true by then. A refused operation stays in the gap, and so does an entry that somebody
+removed: nothing else remembers history.
 """
 
 from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
-from overlay.model import PROTOCOL, Drop, Entry, Fdb, Gone, Key, NextHop, Op, Put, Rank, Route, Sight
+from overlay.model import BUILD_ORDER, PROTOCOL, Drop, Entry, Fdb, Gone, Key, NextHop, Op, Put, Refusal, Route, Sight
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,16 +22,8 @@ class Drift:
     found: Entry | None
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """The kernel refused the operation with `errno` on its latest attempt."""
-
-    op: Op
-    errno: int
-
-
 class Tracker:
-    """Wanted and present entries. All methods cost time in proportion to what they are given.
+    """Wanted entries and the gap. All methods cost time in proportion to what they are given.
 
     `owned` tells whether an entry nobody wants is ours to remove; other people's entries are not even remembered.
     """
@@ -37,12 +31,11 @@ class Tracker:
     def __init__(self, owned: Callable[[Entry], bool]) -> None:
         self._owned = owned
         self._want: dict[Key, Entry] = {}
-        self._have: dict[Key, Entry] = {}
+        self._gap: dict[Key, Entry | None] = {}
+        """In order: what came first is written first, and lies beside its like in memory."""
         self._by_owner: dict[str, tuple[Entry, ...]] = {}
         self._shared: dict[Key, int] = {}
         """How many owners beyond one want a key; absent means one."""
-        self._dirty: dict[Key, None] = {}
-        """An ordered set: what came first is written first, and lies beside its like in memory."""
         self._refused: dict[Key, Refusal] = {}
 
     # --- what we want ---
@@ -57,15 +50,14 @@ class Tracker:
         if entries == before:
             return
         for entry in entries:
-            key = entry.key
+            key = entry[0]
+            found = self._found(key)
             if key in self._want:
                 self._shared[key] = self._shared.get(key, 0) + 1
             self._want[key] = entry
-            if key in self._have:
-                self._have[key] = self._intern(key, self._have[key])
-            self._touch(key)
+            self._book(key, found)
         for entry in before:
-            self._release(entry.key)
+            self._release(entry[0])
         if entries:
             self._by_owner[owner] = entries
         else:
@@ -76,8 +68,9 @@ class Tracker:
         if others > 1:
             self._shared[key] = others - 1
         elif not others:
+            found = self._found(key)
             del self._want[key]
-        self._touch(key)
+            self._book(key, found)
 
     @property
     def owners(self) -> KeysView[str]:
@@ -86,26 +79,43 @@ class Tracker:
 
     # --- what there is ---
 
+    def _found(self, key: Key) -> Entry | None:
+        """What stands under `key`, as far as we know."""
+        return self._gap[key] if key in self._gap else self._want.get(key)
+
+    def _book(self, key: Key, found: Entry | None) -> None:
+        """`found` stands under `key`: as it should be, or a part of the gap."""
+        want = self._want.get(key)
+        if found == want or (found is not None and want is None and not self._owned(found)):
+            self._gap.pop(key, None)
+            self._refused.pop(key, None)
+        else:
+            self._gap[key] = found
+
     def saw_all(self, entries: Iterable[Entry]) -> list[Drift]:
         """A complete dump. Returns what differs from what we believed to be in place."""
-        seen: dict[Key, Entry] = {}
+        right: set[Key] = set()
+        other: dict[Key, Entry] = {}
         for entry in entries:
-            key = entry.key
-            if key not in self._want and not self._owned(entry):
+            key = entry[0]
+            want = self._want.get(key)
+            if want is None and not self._owned(entry):
                 continue
-            if key in seen and isinstance(entry, Route):
-                continue  # The kernel lists routes to one destination in its order: the first is in force.
-            # The same MAC twice is one FDB entry with several remotes, which no replace can mend: see `_resists`.
-            seen[key] = Fdb(entry.mac, b"") if isinstance(entry, Fdb) and key in seen else entry
-        drifted = [
-            Drift(want, seen.get(key))
-            for key, want in self._want.items()
-            if self._have.get(key) == want and seen.get(key) != want
-        ]
-        self._have = {key: self._intern(key, entry) for key, entry in seen.items()}
+            if key in right or key in other:
+                if isinstance(entry, Route):
+                    continue  # The kernel lists routes to one destination in its order: the first is in force.
+                # The same MAC twice is one FDB entry with several remotes, which no replace can mend: see `_resists`.
+                right.discard(key)
+                other[key] = Fdb(entry.mac, b"") if isinstance(entry, Fdb) else entry
+            elif entry == want:
+                right.add(key)
+            else:
+                other[key] = entry
+        amiss = [key for key in self._want if key not in right]
+        drifted = [Drift(self._want[key], other.get(key)) for key in amiss if key not in self._gap]
+        self._gap = {key: other.pop(key, None) for key in amiss}
+        self._gap.update(other)
         self._refused.clear()
-        strange = (key for key in seen if key not in self._want)
-        self._dirty = dict.fromkeys(key for key in chain(self._want, strange) if self._differs(key))
         return drifted
 
     def saw(self, sights: Iterable[Sight]) -> list[Drift]:
@@ -115,22 +125,21 @@ class Tracker:
         """
         before: dict[Key, Entry | None] = {}
         for sight in self._with_silent_losses(sights):
-            entry = sight.entry if isinstance(sight, Gone) else sight
-            key = entry.key
-            before.setdefault(key, self._have.get(key))
-            if isinstance(sight, Gone) or (key not in self._want and not self._owned(sight)):
-                self._have.pop(key, None)
-            else:
-                self._have[key] = self._intern(key, sight)
+            gone = isinstance(sight, Gone)
+            key = sight.entry[0] if isinstance(sight, Gone) else sight[0]
+            if not gone and key not in self._gap and sight == self._want.get(key):
+                continue  # An echo of our own: among thousands of new peers, thousands of them.
+            before.setdefault(key, self._found(key))
+            self._book(key, None if isinstance(sight, Gone) else sight)
         drifted = []
         for key, old in before.items():
-            now, want = self._have.get(key), self._want.get(key)
+            now, want = self._found(key), self._want.get(key)
             if now == old:
                 continue
             if isinstance(now, Fdb) and now != want:
                 # Replaced or appended to: the notification does not say which.
-                now = self._have[key] = Fdb(now.mac, b"", now.state)
-            self._touch(key)
+                now = Fdb(now.mac, b"", now.state)
+                self._book(key, now)
             if want is not None and old == want:
                 drifted.append(Drift(want, now))
         return drifted
@@ -146,67 +155,33 @@ class Tracker:
                 if routes is None:
                     # Built when it is needed, which is when somebody else has removed a nexthop.
                     routes = {}
-                    for entry in self._have.values():
+                    for key in self._want.keys() | self._gap.keys():
+                        entry = self._found(key)
                         if isinstance(entry, Route):
                             routes.setdefault(entry.nexthop, []).append(entry)
                 for route in routes.pop(sight.entry.id, ()):
-                    if self._have.get(route.key) == route:
+                    if self._found(route.destination) == route:
                         yield Gone(route)
-
-    def _intern(self, key: Key, entry: Entry) -> Entry:
-        """The wanted object itself where it is equal: one object in memory for what is as it should be."""
-        want = self._want.get(key)
-        return want if want is not None and want == entry else entry
 
     # --- the gap ---
 
     def pending(self) -> list[Op]:
         """What closes the gap, in build order: a route never lacks the entries it stands on."""
-        puts: list[list[Op]] = [[] for _ in Rank]
-        drops: list[list[Op]] = [[] for _ in Rank]
-        for key in self._dirty:
-            want, have = self._want.get(key), self._have.get(key)
+        puts: dict[type[Entry], list[Op]] = {kind: [] for kind in BUILD_ORDER}
+        drops: dict[type[Entry], list[Op]] = {kind: [] for kind in BUILD_ORDER}
+        for key, found in self._gap.items():
+            want = self._want.get(key)
             if want is not None:
-                puts[want.rank].append(Put(want, afresh=have is not None and _resists(have)))
-            elif have is not None:
-                drops[have.rank].append(Drop(have))
-        return list(chain(*puts, *reversed(drops)))
-
-    def settle(self, results: Iterable[tuple[Op, int]]) -> list[Refusal]:
-        """The kernel's answers, as (operation, errno or 0). Returns what it refused; that stays pending."""
-        refusals = []
-        for op, errno in results:
-            key = op.entry.key
-            if errno:
-                refusal = Refusal(op, errno)
-                self._refused[key] = refusal
-                self._dirty[key] = None
-                refusals.append(refusal)
-                continue
-            if isinstance(op, Put):
-                self._have[key] = op.entry
+                puts[type(want)].append(Put(want, found is not None and _resists(found)))
             else:
-                self._have.pop(key, None)
-            self._touch(key)
-        if not self._dirty:
-            # An emptied dict keeps the room for what was in it: megabytes after a start among thousands of peers.
-            self._dirty = {}
-        return refusals
+                assert found is not None, "nothing there and nothing wanted is no gap"
+                drops[type(found)].append(Drop(found))
+        return list(chain(*puts.values(), *reversed(drops.values())))
 
-    def _touch(self, key: Key) -> None:
-        if self._differs(key):
-            self._dirty[key] = None
-        else:
-            self._dirty.pop(key, None)
-            self._refused.pop(key, None)
-
-    def _differs(self, key: Key) -> bool:
-        want, have = self._want.get(key), self._have.get(key)
-        if want is have:  # The usual case, and far cheaper than to compare: see `_intern`.
-            return False
-        if want is None:
-            return have is not None and self._owned(have)
-        return want != have
+    def settle(self, refusals: Iterable[Refusal]) -> None:
+        """The kernel has tried all that was pending, and this is what it refused: the rest is in place."""
+        self._refused = {refusal.op.entry[0]: refusal for refusal in refusals}
+        self._gap = {key: self._gap[key] for key in self._refused}
 
     # --- for people ---
 
@@ -218,7 +193,7 @@ class Tracker:
     @property
     def gap(self) -> int:
         """How many entries are not as they should be."""
-        return len(self._dirty)
+        return len(self._gap)
 
     @property
     def refused(self) -> Mapping[Key, Refusal]:
@@ -226,16 +201,16 @@ class Tracker:
         return self._refused
 
 
-def _resists(have: Entry) -> bool:
+def _resists(found: Entry) -> bool:
     """Whether NLM_F_REPLACE alone may not make what stands there equal to what we want.
 
     It changes only the first remote of an FDB entry (vxlan_fdb_replace). It fails where a stranger's route stands
     before one of ours (EEXIST, fib_table_insert), and keeps the metrics of a route of our protocol (fib_find_info_nh).
     Only a route of our protocol is removed first: a stranger's by itself is still replaced in place.
     """
-    match have:
+    match found:
         case Fdb():
-            return not have.remote
+            return not found.remote
         case Route():
-            return have.protocol != PROTOCOL or not (have.nexthop or have.gateway)
+            return found.protocol != PROTOCOL or not (found.nexthop or found.gateway)
     return False

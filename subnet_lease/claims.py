@@ -27,16 +27,18 @@ class Claims:
     def __init__(self) -> None:
         self._holders: dict[Hashable, Age | _Several] = {}
 
-    def add(self, claim: Hashable, age: Age) -> None:
-        """`age` holds `claim` from now on."""
-        held = self._holders.get(claim)
-        if held is None:
-            self._holders[claim] = age
-        elif isinstance(held, _Several):
+    def add(self, claim: Hashable, age: Age) -> Age | None:
+        """`age` holds `claim` from now on. Returns the eldest of those who held it before."""
+        held = self._holders.setdefault(claim, age)
+        if held is age:
+            return None
+        if isinstance(held, _Several):
+            eldest = held.heap[0]
             held.present.add(age)
             heapq.heappush(held.heap, age)
-        else:
-            self._holders[claim] = _Several([held, age])
+            return eldest
+        self._holders[claim] = _Several([held, age])
+        return held
 
     def remove(self, claim: Hashable, age: Age) -> None:
         """`age`, which held `claim`, does so no more."""

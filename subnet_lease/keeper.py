@@ -17,7 +17,6 @@ import random
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -206,8 +205,8 @@ class Keeper:
             if not revision:
                 return None
             self._loose_grant = 0
-            lease = replace(lease, etcd_lease=etcd_lease, mod_revision=revision)
-        return self._hold(replace(lease, attrs=attrs), asked_at, seconds)
+            lease = lease._replace(etcd_lease=etcd_lease, mod_revision=revision)
+        return self._hold(lease._replace(attrs=attrs), asked_at, seconds)
 
     def _take(self, records: Iterable[Record], attrs: LeaseAttrs, value: bytes) -> Lease | None:
         subnet = choose_subnet(self._config, chain(_subnets(records), self._avoid), self._preferred, self._pick)

@@ -11,8 +11,9 @@ Text appears only where people or JSON are.
 import ipaddress
 import json
 import re
+import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
 
@@ -38,18 +39,17 @@ class LeaseInvalid(ValueError):
     """A key or value below `subnets/` is no lease; the text is the reason shown to the operator."""
 
 
+_NUMBERS = {str(number): number for number in range(256)}
+"""Decimal numbers of a byte in their plain form: int() would also take "010", "+1", " 1" and other scripts' digits."""
+
+
 def pack_address(text: str) -> bytes:
     """Packed form of an IPv4 or IPv6 address; ValueError unless it is in its plain, unambiguous notation."""
-    parts = text.split(".")
-    if len(parts) == 4 and ":" not in text:
-        try:
-            packed = bytes(map(int, parts))
-        except ValueError:
-            raise ValueError(f"{text[:64]!r} is not an IP address") from None
-        # The round trip refuses what int() tolerates: "010", "+1", " 1", other scripts' digits.
-        if "{}.{}.{}.{}".format(*packed) != text:
-            raise ValueError(f"{text[:64]!r} is not an IP address")
-        return packed
+    try:
+        first, second, third, fourth = text.split(".")
+        return bytes((_NUMBERS[first], _NUMBERS[second], _NUMBERS[third], _NUMBERS[fourth]))
+    except (KeyError, ValueError):
+        pass  # Perhaps IPv6.
     try:
         if "%" not in text:  # a zone has no meaning beyond its own host
             return ipaddress.IPv6Address(text).packed
@@ -78,7 +78,6 @@ def format_mac(packed: bytes) -> str:
 
 
 _MAC = re.compile(r"[0-9a-fA-F]{2}(:[0-9a-fA-F]{2}){5}")
-_DECIMAL = re.compile(r"0|[1-9][0-9]{0,2}")
 
 
 class Prefix(NamedTuple):
@@ -90,16 +89,24 @@ class Prefix(NamedTuple):
     @classmethod
     def parse(cls, text: str, *, strict: bool = True) -> "Prefix":
         """From `10.5.34.0/24` or `fd00::/64`; ValueError if the notation is off, or, if `strict`, host bits are set."""
-        address, slash, bits = text.partition("/")
-        if not slash or not _DECIMAL.fullmatch(bits):
+        address, slash, length = text.partition("/")
+        if not slash:
             raise ValueError(f"{text[:64]!r} is not a subnet in the form address/length")
-        prefix = cls(pack_address(address), int(bits))
-        if prefix.length > 8 * len(prefix.base):
-            raise ValueError(f"{text[:64]!r} has a prefix length over {8 * len(prefix.base)}")
-        network = prefix.network(prefix.length)
-        if strict and network != prefix:
-            raise ValueError(f"{text[:64]!r} has host bits set; the subnet is {network}")
-        return network
+        return cls.of(address, length, strict=strict)
+
+    @classmethod
+    def of(cls, address: str, length: str, *, strict: bool = True) -> "Prefix":
+        """From the two parts of the notation; as `parse`."""
+        base, bits = pack_address(address), _NUMBERS.get(length)
+        if bits is None or bits > 8 * len(base):
+            raise ValueError(f"{length[:64]!r} is not a prefix length from 0 to {8 * len(base)}")
+        prefix = cls(base, bits)
+        if prefix.first & ((1 << 8 * len(base) - bits) - 1):
+            network = prefix.network(bits)
+            if strict:
+                raise ValueError(f"{str(prefix)!r} has host bits set; the subnet is {network}")
+            return network
+        return prefix
 
     def __str__(self) -> str:
         return f"{format_address(self.base)}/{self.length}"
@@ -130,8 +137,9 @@ class Prefix(NamedTuple):
         return other.length >= self.length and self.holds(other.base)
 
     def overlaps(self, other: "Prefix") -> bool:
-        """Whether any address lies in both."""
-        return self.covers(other) or other.covers(self)
+        """Whether any address lies in both; never true across families."""
+        size, other_size = len(self.base), len(other.base)
+        return size == other_size and (self.first ^ other.first) >> 8 * size - min(self.length, other.length) == 0
 
     def host(self, number: int) -> bytes:
         """The packed address `number` places after the base."""
@@ -337,16 +345,14 @@ _JSON = json.JSONDecoder(parse_constant=_refuse)
 # --- leases ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Vtep:
+class Vtep(NamedTuple):
     """A tunnel endpoint as `BackendData` states it: VNI and the packed MAC of the host's VXLAN device."""
 
     vni: int
     mac: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class LeaseAttrs:
+class LeaseAttrs(NamedTuple):
     """What a host says of itself in the value of its lease.
 
     `public_ip` is the packed underlay address its peers send to. `vtep` is None for backends without a tunnel.
@@ -358,11 +364,10 @@ class LeaseAttrs:
     vtep: Vtep | None
     public_ip6: bytes | None = None
     vtep6: Vtep | None = None
-    extra: Mapping[str, Any] = field(default_factory=lambda: NO_EXTRAS)
+    extra: Mapping[str, Any] = NO_EXTRAS
 
 
-@dataclass(frozen=True, slots=True)
-class Lease:
+class Lease(NamedTuple):
     """One subnet and its holder. `etcd_lease` 0 marks a reservation, which no time takes away."""
 
     subnet: Prefix
@@ -391,11 +396,11 @@ def parse_subnet_key(key: str) -> tuple[Prefix, Prefix | None]:
     text, dual_stack, text6 = key.partition("&")
     try:
         base, _, length = text.partition("-")
-        subnet = Prefix.parse(f"{base}/{length}")
+        subnet = Prefix.of(base, length)
         subnet6 = None
         if dual_stack:
             base, _, length = text6.rpartition("-")
-            subnet6 = Prefix.parse(f"{base.replace('-', ':')}/{length}")
+            subnet6 = Prefix.of(base.replace("-", ":"), length)
     except ValueError as error:
         raise LeaseInvalid(f"the key names no subnet: {error}") from None
     if len(subnet.base) != 4 or (subnet6 is not None and len(subnet6.base) != 16):
@@ -428,19 +433,21 @@ def decode_attrs(value: bytes, *, extras: bool = True) -> LeaseAttrs:
         fields = _json_object(value)
     except ValueError as error:
         raise LeaseInvalid(str(error)) from None
-    backend_type = fields.pop("BackendType", None)
+    pop = fields.pop
+    backend_type = pop("BackendType", None)
     if type(backend_type) is not str:
         raise LeaseInvalid("BackendType is missing or not a string")
-    public_ip = _address(fields.pop("PublicIP", None), "PublicIP", 4)
+    public_ip = _address(pop("PublicIP", None), "PublicIP", 4)
     if public_ip is None:
         raise LeaseInvalid("PublicIP is missing")
     return LeaseAttrs(
-        public_ip=public_ip,
-        backend_type=backend_type,
-        vtep=_vtep(fields.pop("BackendData", None), "BackendData"),
-        public_ip6=_address(fields.pop("PublicIPv6", None), "PublicIPv6", 16),
-        vtep6=_vtep(fields.pop("BackendV6Data", None), "BackendV6Data"),
-        extra=fields if extras and fields else NO_EXTRAS,
+        public_ip,
+        # A few names in thousands of leases.
+        sys.intern(backend_type),
+        _vtep(pop("BackendData", None), "BackendData"),
+        _address(pop("PublicIPv6", None), "PublicIPv6", 16),
+        _vtep(pop("BackendV6Data", None), "BackendV6Data"),
+        fields if extras and fields else NO_EXTRAS,
     )
 
 

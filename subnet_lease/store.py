@@ -7,8 +7,7 @@ Every call blocks, has a deadline, and raises nothing but the errors below.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 
 class StoreError(Exception):
@@ -48,8 +47,7 @@ class SubnetExhausted(Exception):
     """No subnet of the network is free; the text gives the numbers."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """One key below `subnets/` as stored. `etcd_lease` is 0 for a key that no lease holds.
 
     `key` is the last part of the key, decoded with surrogateescape where it is not UTF-8.
@@ -62,16 +60,14 @@ class Record:
     mod_revision: int
 
 
-@dataclass(frozen=True, slots=True)
-class Deleted:
+class Deleted(NamedTuple):
     """The key is gone, as of `mod_revision`."""
 
     key: str
     mod_revision: int
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """All records as of one revision of one cluster."""
 
     records: tuple[Record, ...]
@@ -79,8 +75,7 @@ class Snapshot:
     cluster_id: int
 
 
-@dataclass(frozen=True, slots=True)
-class Changes:
+class Changes(NamedTuple):
     """Consecutive changes in the store's order, complete up to `revision`.
 
     Without events it is a sign of life; its `revision` may run ahead of changes still under way (etcd issue 15220), so

@@ -82,16 +82,17 @@ class LeaseTable:
 
     def _apply(self, events: Iterable[Record | Deleted], revision: int, continuous: bool = True) -> set[str]:
         before: dict[str, Lease | None] = {}
+        doubtful: set[str] = set()
         touched: dict[Claim, Age | None] = {}
         for event in events:
-            old = self._valid.get(event.key)
+            key = event.key
+            old = self._valid.get(key)
             if continuous and old and isinstance(event, Record) and old.mod_revision == event.mod_revision:
                 continue
-            before.setdefault(event.key, self.accepted(event.key))
-            self._remove(event.key, touched)
-            if isinstance(event, Record) and event.key != self._host.key:
-                self._add(event, touched)
-        doubtful = set(before)
+            before.setdefault(key, self.accepted(key))
+            self._remove(key, touched)
+            if isinstance(event, Record) and key != self._host.key and self._add(event, touched):
+                doubtful.add(key)
         for claim, eldest in touched.items():
             if self._claims.eldest(claim) != eldest:
                 doubtful.update(self._concerned(claim))
@@ -116,20 +117,27 @@ class LeaseTable:
                 if not self._odd[block]:
                     del self._odd[block]
 
-    def _add(self, record: Record, touched: dict[Claim, Age | None]) -> None:
+    def _add(self, record: Record, touched: dict[Claim, Age | None]) -> bool:
+        """Whether somebody else may have a claim to the same, so that elders must be asked."""
         try:
             lease = self._decode(record)
         except LeaseInvalid as reason:
             self._invalid[record.key] = str(reason)
-            return
+            return False
         self._valid[record.key] = lease
         age = lease.create_revision, record.key
+        subnet = lease.subnet
+        contested = False
         for claim in _claims_of(lease):
-            touched.setdefault(claim, self._claims.eldest(claim))
-            self._claims.add(claim, age)
-        if lease.subnet.length != self._config.subnet_len:
-            for block in self._blocks(lease.subnet):
-                self._odd.setdefault(block, set()).add(lease.subnet)
+            eldest = self._claims.add(claim, age)
+            # Nearly always nobody else claims it, and then nobody else is concerned; an overlapping subnet is.
+            if eldest is not None or (claim is subnet and not self._stands_alone(subnet)):
+                touched.setdefault(claim, eldest)
+                contested = True
+        if subnet.length != self._config.subnet_len:
+            for block in self._blocks(subnet):
+                self._odd.setdefault(block, set()).add(subnet)
+        return contested
 
     # --- one lease by itself ---
 
@@ -184,13 +192,16 @@ class LeaseTable:
     def _overlapping(self, subnet: Prefix) -> Iterator[Prefix]:
         """The claimed subnets that overlap this one, itself included; one may come more than once."""
         yield subnet
-        regular = subnet.length == self._config.subnet_len
-        if regular and subnet not in self._odd:
+        if self._stands_alone(subnet):
             return
         for block in self._blocks(subnet):
-            if not regular:
+            if subnet.length != self._config.subnet_len:
                 yield block
             yield from (other for other in self._odd.get(block, ()) if other.overlaps(subnet))
+
+    def _stands_alone(self, subnet: Prefix) -> bool:
+        """Whether no other subnet can overlap it: one of SubnetLen, and no odd one lies in it or around it."""
+        return subnet.length == self._config.subnet_len and subnet not in self._odd
 
     def _concerned(self, claim: Claim) -> Iterator[str]:
         """Whose acceptance may change with the eldest holder of `claim`."""

@@ -21,7 +21,7 @@ from dataclasses import replace
 
 from overlay.device import OWNER, DeviceSpec, FoundDevice, adjustments, incompatibility
 from overlay.kernel import ABSENT, DeviceOccupied, KernelRefused, Seen
-from overlay.model import Drop, Entry, Fdb, Gone, Key, Neighbour, NextHop, Op, Put, Route, Sight
+from overlay.model import Drop, Entry, Fdb, Gone, Key, Neighbour, NextHop, Op, Put, Refusal, Route, Sight
 from subnet_lease.model import Prefix
 
 FAILED = 0x20
@@ -34,10 +34,11 @@ class Stranger:
     def __init__(self, kernel: "FakeKernel") -> None:
         self._kernel = kernel
 
-    def apply(self, ops: Sequence[Op]) -> list[tuple[Op, int]]:
+    def apply(self, ops: Sequence[Op]) -> list[Refusal]:
         """As `kernel.Kernel.apply`."""
         with self._kernel.lock:
-            return [(op, self._kernel.write(op, ours=False)) for op in ops]
+            answers = [Refusal(op, self._kernel.write(op, ours=False)) for op in ops]
+            return [answer for answer in answers if answer.errno]
 
 
 class FakeKernel:
@@ -91,17 +92,18 @@ class FakeKernel:
             self._queue, self._lost, self._device_changed = [], False, False
             return seen
 
-    def apply(self, ops: Sequence[Op]) -> list[tuple[Op, int]]:
+    def apply(self, ops: Sequence[Op]) -> list[Refusal]:
         with self.lock:
             self._maybe_fail("apply")
             self.batches.append(list(ops))
-            results = []
+            refusals = []
             for op in ops:
                 if isinstance(op, Put) and op.afresh:
                     self.write(Drop(op.entry), ours=True)
                 code = self.write(op, ours=True)
-                results.append((op, 0 if isinstance(op, Drop) and code in ABSENT else code))
-            return results
+                if code and not (isinstance(op, Drop) and code in ABSENT):
+                    refusals.append(Refusal(op, code))
+            return refusals
 
     def dump(self, nexthops: bool) -> list[Entry]:
         with self.lock:
@@ -207,8 +209,8 @@ class FakeKernel:
     def write(self, op: Op, *, ours: bool) -> int:
         """Carry out one message and announce what it changed; its errno."""
         entry = op.entry
-        if ours and entry.key in self.refuse:
-            return self.refuse[entry.key]
+        if ours and entry[0] in self.refuse:
+            return self.refuse[entry[0]]
         match entry:
             case Fdb():
                 return self._write_fdb(op, entry)

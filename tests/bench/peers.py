@@ -11,7 +11,7 @@ import grpc
 from etcd3 import etcdrpc as rpc
 
 from overlay.desired import Local, entries_for
-from overlay.model import Entry, Fdb, NextHop, Route
+from overlay.model import BUILD_ORDER, Entry, Fdb, NextHop, Route
 from subnet_lease.model import Lease, LeaseAttrs, Prefix, Vtep, encode_attrs, format_address, format_mac, subnet_key
 
 NETWORK = Prefix.parse("10.0.0.0/8")
@@ -58,7 +58,7 @@ def load(endpoint: str, prefix: str, peers: Sequence[Lease]) -> None:
 def entries(peers: Sequence[Lease], device: int, *, nexthops: bool) -> list[Entry]:
     """What the kernel should hold for them, in build order. `device` is the interface index of the VXLAN device."""
     local = Local(NETWORK, device, nexthops)
-    return sorted((entry for peer in peers for entry in entries_for(peer, local)), key=lambda entry: entry.rank)
+    return sorted((entry for peer in peers for entry in entries_for(peer, local)), key=lambda entry: BUILD_ORDER.index(type(entry)))
 
 
 def bridge_commands(peers: Sequence[Lease], device: int) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import pytest
 
 from overlay.desired import Local, entries_for, nexthop_id, ours
-from overlay.model import NEXTHOP_BASE, NEXTHOP_SPAN, Entry, Fdb, Neighbour, NextHop, Rank, Route
+from overlay.model import BUILD_ORDER, NEXTHOP_BASE, NEXTHOP_SPAN, Entry, Fdb, Neighbour, NextHop, Route
 from subnet_lease.model import Lease, LeaseAttrs, Prefix, Vtep, pack_address, pack_mac
 
 NETWORK = Prefix.parse("10.0.0.0/8")
@@ -23,7 +23,7 @@ def test_peer_is_reached_by_an_fdb_entry_a_neighbour_a_nexthop_and_a_route() -> 
         "nexthop 1862607360 via 10.5.34.0",
         "route 10.5.34.0/24 nhid 1862607360",
     ]
-    assert [entry.rank for entry in entries] == list(Rank)
+    assert tuple(type(entry) for entry in entries) == BUILD_ORDER
     assert all(ours(entry, WITH) for entry in entries)
 
 
@@ -40,7 +40,7 @@ def test_peer_without_a_tunnel_calls_for_nothing() -> None:
 
 def test_keys_of_the_entries_of_one_peer_differ() -> None:
     entries = entries_for(lease(), WITH)
-    assert len({entry.key for entry in entries}) == 4
+    assert len({entry[0] for entry in entries}) == 4
 
 
 def test_nexthop_ids_differ_by_subnet_and_stay_in_our_range() -> None:

@@ -427,7 +427,7 @@ def test_interface_of_another_kind_by_our_name_is_told_and_waited_for() -> None:
 
 def test_refused_entry_is_retried_with_growing_pauses_and_stops_nobody_else(agent: Agent) -> None:
     route = next(entry for entry in agent.entries(lease(4)) if isinstance(entry, Route))
-    agent.kernel.refuse[route.key] = errno.ENOMEM
+    agent.kernel.refuse[route.destination] = errno.ENOMEM
     with capture_logs() as logs:
         agent.post(joined(lease(4), 301), joined(lease(5), 302))
         pauses = [agent.settle(), *(agent.later() for _ in range(9))]
@@ -445,7 +445,7 @@ def test_refused_entry_is_retried_with_growing_pauses_and_stops_nobody_else(agen
 def test_peers_with_refused_entries_do_not_keep_the_agent_from_being_ready() -> None:
     made = Agent()
     route = Route(lease(1).subnet)
-    made.kernel.refuse[route.key] = errno.ENOMEM
+    made.kernel.refuse[route.destination] = errno.ENOMEM
     made.post(snapshot([1, 2]))
     assert (made.state.ready, made.state.refused) == (True, 1)
     assert made.calls[-1] == "ready 10.0.200.0/24 10.0.200.0/32"

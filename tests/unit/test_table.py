@@ -1,7 +1,6 @@
 """The lease table: which leases a host believes, whatever anybody writes, in whatever order it arrives."""
 
 import json
-from dataclasses import replace
 from random import Random
 
 import pytest
@@ -398,7 +397,7 @@ def test_accepted_leases_never_collide(events: list[tuple[str, tuple[int, int] |
 def test_hostile_records_never_raise(records: list[Record]) -> None:
     made = table(*records)
     made.apply(
-        changes(*(replace(each, mod_revision=each.mod_revision + 1) for each in records), Deleted(HOST.key, 200))
+        changes(*(each._replace(mod_revision=each.mod_revision + 1) for each in records), Deleted(HOST.key, 200))
     )
     keys = {each.key for each in records} - {HOST.key}
     assert accepted(made) | made.rejected.keys() == keys
@@ -421,7 +420,7 @@ def test_thousands_of_leases_of_one_vtep_are_not_judged_anew_for_each_other(monk
     monkeypatch.setattr(LeaseTable, "_judge", counted)
     made.apply(changes(record("10.0.201.0-24", 1, 5000)))
     made.apply(changes(Deleted(crowd[1000].key, 5001)))
-    assert judged == ["10.0.201.0-24", crowd[1000].key]
+    assert judged == ["10.0.201.0-24"]
 
 
 def test_reasons_do_not_depend_on_the_order_in_which_leases_are_told() -> None:
