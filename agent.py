@@ -334,6 +334,7 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
             clock=time.monotonic,
         )
         watcher = Watcher(store, deliver, first=snapshot)
+        del snapshot  # This function lasts as long as the agent; all leases in raw form need not.
     notifier.status(f"setting up {lease.subnet}")
     loops.start("reconciler", reconciler.run, lambda: reconciler.post(Stop()))
     loops.start("watcher", watcher.run, watcher.stop)
@@ -451,11 +452,22 @@ def _announcement(
             log.error("subnet_file_refused", path=options.subnet_file, reason=os.strerror(error.errno or 0))
             return
         log.info("ready", subnet=str(lease.subnet), device=spec.name, mtu=spec.mtu, subnet_file=options.subnet_file)
+        # What a start needed and nothing needs any more goes back to the kernel, before systemd counts it.
+        _trim_memory()
         notifier.ready(f"{lease.subnet} on {spec.name}")
         gc.freeze()
         gc.enable()
 
     return announce
+
+
+def _trim_memory() -> None:
+    """Have the C library return its free pages (malloc_trim(3)); other C libraries than glibc have no such thing."""
+    import ctypes
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _serve_health(options: Options, reconciler: "Reconciler", loops: "Loops", stack: ExitStack) -> None:

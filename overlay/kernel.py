@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from overlay import rtnl
+from overlay import iproute, rtnl
 from overlay.device import OWNER, DeviceSpec, FoundDevice, adjustments, incompatibility
 from overlay.model import Drop, Entry, Gone, Op, Put, Refusal, Sight
 from subnet_lease.model import Prefix, format_address, format_mac, pack_address, pack_mac
@@ -317,8 +317,7 @@ class Kernel:
 
 
 def _find(route: "IPRoute", name: str) -> FoundDevice | None:
-    from pyroute2 import NetlinkError
-
+    _, NetlinkError = iproute.load()
     try:
         link = route.link("get", ifname=name)[0]
     except NetlinkError as error:
@@ -368,8 +367,7 @@ def _create(route: "IPRoute", spec: DeviceSpec) -> None:
 
 
 def _adjust(route: "IPRoute", spec: DeviceSpec, found: FoundDevice, todo: tuple[str, ...]) -> None:
-    from pyroute2 import NetlinkError
-
+    _, NetlinkError = iproute.load()
     values: dict[str, Any] = {"mac": format_mac(spec.mac), "mtu": spec.mtu, "alias": OWNER}
     names = {"mac": "address", "mtu": "mtu", "alias": "ifalias"}
     changes = {names[what]: values[what] for what in todo if what in names}
@@ -394,9 +392,8 @@ def _adjust(route: "IPRoute", spec: DeviceSpec, found: FoundDevice, todo: tuple[
 
 def _guarded(what: str, work: "Callable[[IPRoute], T]") -> T:
     """Run `work` with an open pyroute2 socket; its errors become KernelRefused."""
-    # Imported here: most of what a start costs is imports, and a pass needs none of this.
-    from pyroute2 import IPRoute, NetlinkError
-
+    # Loaded here: most of what a start costs is imports, and a pass needs none of this.
+    IPRoute, NetlinkError = iproute.load()
     try:
         with IPRoute() as route:
             return work(route)

@@ -159,6 +159,7 @@ class Reconciler:
                         self._complete, self._doubt = False, True
                 case Snapshot() as snapshot:
                     changed = self._table.replace(snapshot)
+                    del snapshot  # The entries that are made next find room where it was.
                     gone = {owner for owner in self._tracker.owners if self._table.accepted(owner) is None}
                     self._want(changed | gone)
                     self._complete = True
@@ -180,21 +181,27 @@ class Reconciler:
             self._log.warning("notifications_lost", remedy="all entries are read again and compared")
         if self._doubt or seen.lost or seen.device_changed:
             drifts += self._look_again()
-        refusals: list[Refusal] = []
-        ops = self._tracker.pending() if self._complete else []
-        if ops:
-            refusals = self._kernel.apply(ops)
-            self._tracker.settle(refusals)
+        puts, drops, refusals = self._close_gap() if self._complete else (0, 0, [])
         if refusals:
             self._postpone()
             self._doubt = self._doubt or any(refusal.errno == errno.ENODEV for refusal in refusals)
         else:
             self._retry = 0.0
-        self._report(ops, refusals, drifts, self._clock() - started)
+        self._report(puts, drops, refusals, drifts, self._clock() - started)
         if self._complete and not self._announced:
             self._announced = True
             self._on_ready(self._lease, self._spec)
         self._publish("")
+
+    def _close_gap(self) -> tuple[int, int, list[Refusal]]:
+        """Write what is pending: how many entries were put, how many dropped, and what was refused."""
+        ops = self._tracker.pending()
+        if not ops:
+            return 0, 0, []
+        refusals = self._kernel.apply(ops)
+        self._tracker.settle(refusals)
+        puts = sum(isinstance(op, Put) for op in ops) - sum(isinstance(refusal.op, Put) for refusal in refusals)
+        return puts, len(ops) - len(refusals) - puts, refusals
 
     def _look_again(self) -> list[Drift]:
         """Mend the device, then read everything from the kernel."""
@@ -216,11 +223,8 @@ class Reconciler:
 
     # --- what people see ---
 
-    def _report(self, ops: list[Op], refusals: list[Refusal], drifts: list[Drift], seconds: float) -> None:
+    def _report(self, puts: int, drops: int, refusals: list[Refusal], drifts: list[Drift], seconds: float) -> None:
         """The one line of a pass that changed something."""
-        refused_puts = sum(isinstance(refusal.op, Put) for refusal in refusals)
-        puts = sum(isinstance(op, Put) for op in ops) - refused_puts
-        drops = len(ops) - len(refusals) - puts
         self._drift += len(drifts)
         facts: dict[str, object] = {}
         if drifts:

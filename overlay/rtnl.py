@@ -35,8 +35,8 @@ RT_SCOPE_UNIVERSE, RT_SCOPE_NOWHERE = 0, 255
 RTM_F_CLONED = 0x200
 RTNH_F_ONLINK = 4
 
-NDA_DST, NDA_LLADDR, NDA_PORT, NDA_VNI, NDA_IFINDEX = 1, 2, 6, 7, 8
-RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_NH_ID = 1, 4, 5, 6, 30
+NDA_DST, NDA_LLADDR, NDA_CACHEINFO, NDA_PROBES, NDA_PORT, NDA_VNI, NDA_IFINDEX = 1, 2, 3, 4, 6, 7, 8
+RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_TABLE, RTA_NH_ID = 1, 4, 5, 6, 15, 30
 RTA_PREFSRC, RTA_METRICS, RTA_FLOW, RTA_ENCAP = 7, 8, 11, 22
 NHA_ID, NHA_OIF, NHA_GATEWAY = 1, 5, 6
 
@@ -55,6 +55,25 @@ _PUT_NEIGHBOUR = struct.Struct("=IHHII BBHiHBB HH4s HH6s2x")
 _PUT_NEXTHOP = struct.Struct("=IHHII BBBBI HHI HH4s HHI")
 _PUT_ROUTE = struct.Struct("=IHHII BBBBBBBBI HH4s HHI")
 _PUT_PLAIN_ROUTE = struct.Struct("=IHHII BBBBBBBBI HH4s HH4s HHI")
+
+
+# Bodies as the kernel (6.18) writes what we have put. Anything else is read attribute by attribute, to the same result.
+_USUAL_FDB = struct.Struct("=BBHiHBB I6s2x I4s I16x")
+_USUAL_NEIGHBOUR = struct.Struct("=BBHiHBB I4s I6s2x I4x I16x")
+_USUAL_NEXTHOP = struct.Struct("=BBBBI II II I4s")
+_USUAL_ROUTE = struct.Struct("=BBBBBBBBI II I4s II I4s II")
+
+
+def _heads(*attributes: tuple[int, int]) -> tuple[int, ...]:
+    """(length, type) of attributes as the numbers that `_USUAL_*` read."""
+    return tuple(_U32.unpack(_ATTR.pack(4 + length, kind))[0] for length, kind in attributes)
+
+
+_FDB_HEADS = _heads((6, NDA_LLADDR), (4, NDA_DST), (16, NDA_CACHEINFO))
+_NEIGHBOUR_HEADS = _heads((4, NDA_DST), (6, NDA_LLADDR), (4, NDA_PROBES), (16, NDA_CACHEINFO))
+_NEXTHOP_HEADS = _heads((4, NHA_ID), (4, NHA_OIF), (4, NHA_GATEWAY))
+_ROUTE_HEADS = _heads((4, RTA_TABLE), (4, RTA_DST), (4, RTA_NH_ID), (4, RTA_GATEWAY), (4, RTA_OIF))
+_PLAIN_MAIN = (AF_INET, 0, 0, RT_TABLE_MAIN)
 
 
 class Message(NamedTuple):
@@ -234,7 +253,16 @@ def sight(buffer: bytes, message: Message, device: int) -> Sight | None:
 
 
 def _neighbour(buffer: bytes, message: Message, device: int) -> Fdb | Neighbour | None:
-    if message.end - message.body < _NDMSG.size:
+    size = message.end - message.body
+    if size == _USUAL_FDB.size:
+        family, _, _, index, state, flags, _, a, mac, b, remote, c = _USUAL_FDB.unpack_from(buffer, message.body)
+        if (a, b, c) == _FDB_HEADS and family == AF_BRIDGE and index == device and flags & NTF_SELF:
+            return Fdb(mac, remote, state)
+    elif size == _USUAL_NEIGHBOUR.size:
+        family, _, _, index, state, _, _, a, address, b, mac, c, d = _USUAL_NEIGHBOUR.unpack_from(buffer, message.body)
+        if (a, b, c, d) == _NEIGHBOUR_HEADS and family == AF_INET and index == device:
+            return Neighbour(address, mac, state)
+    if size < _NDMSG.size:
         return None
     family, _, _, index, state, flags, _ = _NDMSG.unpack_from(buffer, message.body)
     if index != device or family not in (AF_BRIDGE, AF_INET):
@@ -250,7 +278,15 @@ def _neighbour(buffer: bytes, message: Message, device: int) -> Fdb | Neighbour 
 
 
 def _route(buffer: bytes, message: Message) -> Route | None:
-    if message.end - message.body < _RTMSG.size:
+    size = message.end - message.body
+    if size == _USUAL_ROUTE.size:
+        family, length, source, tos, table, protocol, _, kind, flags, a, _, b, base, c, hop, d, _, e, _ = (
+            _USUAL_ROUTE.unpack_from(buffer, message.body)
+        )
+        plain = (family, source, tos, table) == _PLAIN_MAIN and not flags & RTM_F_CLONED and length <= 32
+        if plain and (a, b, c, d, e) == _ROUTE_HEADS:
+            return Route(Prefix(base, length), hop, b"", 0, protocol, kind)
+    if size < _RTMSG.size:
         return None
     family, length, source, tos, table, protocol, _, kind, flags = _RTMSG.unpack_from(buffer, message.body)
     if family != AF_INET or table != RT_TABLE_MAIN or source or tos or flags & RTM_F_CLONED:
@@ -272,7 +308,12 @@ def _route(buffer: bytes, message: Message) -> Route | None:
 
 
 def _nexthop(buffer: bytes, message: Message) -> NextHop | None:
-    if message.end - message.body < _NHMSG.size:
+    size = message.end - message.body
+    if size == _USUAL_NEXTHOP.size:
+        _, _, protocol, _, _, a, number, b, device, c, gateway = _USUAL_NEXTHOP.unpack_from(buffer, message.body)
+        if (a, b, c) == _NEXTHOP_HEADS:
+            return NextHop(number, gateway, device, protocol)
+    if size < _NHMSG.size:
         return None
     _, _, protocol, _, _ = _NHMSG.unpack_from(buffer, message.body)
     attrs = _attrs(buffer, message.body + _NHMSG.size, message.end)

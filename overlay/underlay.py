@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from overlay import iproute
 from overlay.device import Underlay
 from subnet_lease.model import Prefix, format_address, pack_address
 
@@ -44,8 +45,7 @@ def find_underlay(
     vni_device: str,
 ) -> Underlay:
     """The interface that carries the tunnel. NoUnderlay if there is none that fits. `vni_device` is never it."""
-    from pyroute2 import IPRoute
-
+    IPRoute, _ = iproute.load()
     with IPRoute() as route:
         links = [link for link in _links(route) if link.name != vni_device]
         link, address, why = _choose(route, links, ifaces, regexes, can_reach, public_ip)
@@ -116,8 +116,7 @@ def _links(route: "IPRoute") -> Iterator[_Link]:
 
 
 def _by_route(route: "IPRoute", links: list[_Link], target: str, why: str) -> tuple[_Link, bytes, str]:
-    from pyroute2 import NetlinkError
-
+    _, NetlinkError = iproute.load()
     try:
         found = route.route("get", dst=target)[0]
     except NetlinkError:

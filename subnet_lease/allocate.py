@@ -44,10 +44,12 @@ def choose_subnet(
 def _numbers(taken: Iterable[Prefix], block: Prefix, shift: int, low: int, count: int) -> list[tuple[int, int]]:
     """First and last number of the subnets that each taken prefix touches, as far as they can be handed out."""
     ranges = []
-    for prefix in taken:
-        if len(prefix.base) == len(block.base):
-            first = max((prefix.first >> shift) - low, 0)
-            last = min((prefix.first + prefix.size - 1 >> shift) - low, count - 1)
+    bits = 8 * len(block.base)
+    for base, length in taken:
+        if 8 * len(base) == bits:
+            address = int.from_bytes(base, "big")
+            first = max((address >> shift) - low, 0)
+            last = min(((address | (1 << bits - length) - 1) >> shift) - low, count - 1)
             if first <= last:
                 ranges.append((first, last))
     return ranges

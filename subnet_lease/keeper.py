@@ -313,8 +313,10 @@ def leases_of(records: Iterable[Record], public_ip: bytes) -> Iterator[tuple[Rec
 def _subnets(records: Iterable[Record]) -> Iterator[Prefix]:
     """What the keys take, whatever their values are worth."""
     for record in records:
-        with contextlib.suppress(LeaseInvalid):
+        try:
             yield parse_subnet_key(record.key)[0]
+        except LeaseInvalid:
+            continue
 
 
 def release_lease(store: Store, public_ip: bytes) -> Lease | None:

@@ -9,12 +9,17 @@ from pathlib import Path
 from typing import TypeVar
 
 import pytest
+from hypothesis import settings
 
 from overlay.cluster import NETWORK_CONFIG, Lab, labs, orphans
 from overlay.lab import require_root_and_programs
 from overlay.netns import NamespaceError
 from subnet_lease.etcd import EtcdStore
 from subnet_lease.store import Store
+
+# No test fails for being slow: the machine may be busy.
+settings.register_profile("tests", deadline=None)
+settings.load_profile("tests")
 
 _MARKS = {"netns": "netns", "packet": "packet", "faults": "fault", "bench": "bench"}
 """Directory below tests/ -> the marker of all tests in it."""

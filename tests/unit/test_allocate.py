@@ -4,7 +4,7 @@ import random
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from subnet_lease.allocate import choose_subnet
@@ -50,7 +50,6 @@ def prefixes(draw: st.DrawFn) -> Prefix:
     return Prefix(base.to_bytes(4, "big"), 32).network(length)
 
 
-@settings(deadline=None)
 @given(configs(), st.lists(prefixes(), max_size=40), st.none() | prefixes(), st.randoms(use_true_random=False))
 def test_a_subnet_is_free_in_range_and_found_whenever_there_is_one(
     config: NetworkConfig, taken: list[Prefix], preferred: Prefix | None, chance: random.Random
@@ -66,7 +65,6 @@ def test_a_subnet_is_free_in_range_and_found_whenever_there_is_one(
         assert chosen == preferred
 
 
-@settings(deadline=None)
 @given(configs(), st.lists(prefixes(), max_size=40))
 def test_each_free_subnet_answers_to_one_number(config: NetworkConfig, taken: list[Prefix]) -> None:
     free = [subnet for subnet in numbered(config) if not any(subnet.overlaps(other) for other in taken)]

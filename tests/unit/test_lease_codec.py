@@ -229,7 +229,7 @@ def test_what_is_no_subnet_is_no_key(key: str) -> None:
 
 
 @given(st.integers(1, 1200) | st.sampled_from([MAX_NESTED - 1, MAX_NESTED, 5000, 200_000]), st.booleans())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_no_depth_of_nesting_exhausts_the_stack(depth: int, lists: bool) -> None:
     inner = b"[" * depth + b"]" * depth if lists else b'{"a":' * depth + b"1" + b"}" * depth
     with pytest.raises(ConfigInvalid):

@@ -7,7 +7,7 @@ import errno
 import struct
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from overlay import rtnl
@@ -139,6 +139,49 @@ def test_truncated_messages_are_read_over(entry: Entry, data: st.DataObject) -> 
 @given(st.integers(0, 15))
 def test_message_shorter_than_its_header_ends_the_reading(length: int) -> None:
     assert list(rtnl.messages(struct.pack("=IHHII", length, 24, 0, 0, 0) + bytes(40))) == []
+
+
+SHAPES = {
+    rtnl.NEWNEIGH: [
+        ((rtnl.NDA_LLADDR, 6), (rtnl.NDA_DST, 4), (rtnl.NDA_CACHEINFO, 16)),
+        ((rtnl.NDA_DST, 4), (rtnl.NDA_LLADDR, 6), (rtnl.NDA_PROBES, 4), (rtnl.NDA_CACHEINFO, 16)),
+    ],
+    rtnl.NEWNEXTHOP: [((rtnl.NHA_ID, 4), (rtnl.NHA_OIF, 4), (rtnl.NHA_GATEWAY, 4))],
+    rtnl.NEWROUTE: [
+        ((rtnl.RTA_TABLE, 4), (rtnl.RTA_DST, 4), (rtnl.RTA_NH_ID, 4), (rtnl.RTA_GATEWAY, 4), (rtnl.RTA_OIF, 4))
+    ],
+}
+"""Attributes, as (type, length), in which the kernel lists what we have put; each such message is read in one go."""
+
+HEADERS = {
+    rtnl.NEWNEIGH: st.builds(
+        lambda *fields: struct.pack("=BBHiHBB", *fields),
+        st.sampled_from([rtnl.AF_BRIDGE, rtnl.AF_INET, 10]), st.just(0), st.just(0), st.sampled_from([DEVICE, 9]),
+        STATES, st.sampled_from([0, rtnl.NTF_SELF, 0xFF]), BYTES,
+    ),
+    rtnl.NEWNEXTHOP: st.builds(lambda *fields: struct.pack("=BBBBI", *fields), BYTES, BYTES, BYTES, BYTES, NUMBERS),
+    rtnl.NEWROUTE: st.builds(
+        lambda *fields: struct.pack("=BBBBBBBBI", *fields),
+        st.sampled_from([rtnl.AF_INET, 10]), st.sampled_from([0, 24, 32, 33]), st.sampled_from([0, 1]),
+        st.sampled_from([0, 1]), st.sampled_from([rtnl.RT_TABLE_MAIN, 255]), BYTES, BYTES, BYTES,
+        st.sampled_from([0, rtnl.RTM_F_CLONED]),
+    ),
+}  # fmt: skip
+
+
+@settings(max_examples=1000)
+@given(st.data())
+def test_what_is_read_in_one_go_reads_the_same_attribute_by_attribute(data: st.DataObject) -> None:
+    kind = data.draw(st.sampled_from(sorted(SHAPES)))
+    shape = list(data.draw(st.sampled_from(SHAPES[kind])))
+    if data.draw(st.booleans()):
+        # Of the usual size, with something else in one place.
+        place = data.draw(st.integers(0, len(shape) - 1))
+        shape[place] = data.draw(st.integers(0, 40)), shape[place][1]
+    attributes = [attribute(name, data.draw(st.binary(min_size=size, max_size=size))) for name, size in shape]
+    body = data.draw(HEADERS[kind]) + b"".join(attributes)
+    one_more = body + attribute(60, bytes(4))
+    assert seen(message(kind, body)) == seen(message(kind, one_more))
 
 
 # --- answers and other messages ---

@@ -322,7 +322,7 @@ def believable(records: list[Record]) -> dict[str, Lease]:
     }
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(events=EVENTS, sizes=st.lists(st.integers(1, 5), min_size=30, max_size=30), shuffled=st.randoms())
 def test_outcome_depends_on_the_records_alone(
     events: list[tuple[str, tuple[int, int] | bytes | None]], sizes: list[int], shuffled: Random
@@ -348,7 +348,7 @@ def test_outcome_depends_on_the_records_alone(
     assert at_once.rejected_count == len(at_once.rejected)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(events=EVENTS)
 def test_accepted_leases_never_collide(events: list[tuple[str, tuple[int, int] | bytes | None]]) -> None:
     made = LeaseTable(CONFIG, HOST)
@@ -364,7 +364,7 @@ def test_accepted_leases_never_collide(events: list[tuple[str, tuple[int, int] |
             assert CONFIG.block.covers(lease.subnet)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=500)
 @given(
     st.lists(
         st.builds(

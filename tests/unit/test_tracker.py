@@ -500,5 +500,5 @@ class TrackerOverKernel(RuleBasedStateMachine):
         assert len(self.tracker.refused) <= self.tracker.gap
 
 
-TrackerOverKernel.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)
+TrackerOverKernel.TestCase.settings = settings(max_examples=300, stateful_step_count=40)
 TestTrackerOverKernel = TrackerOverKernel.TestCase
