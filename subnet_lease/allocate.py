@@ -43,15 +43,15 @@ def choose_subnet(
 
 def _numbers(taken: Iterable[Prefix], block: Prefix, shift: int, low: int, count: int) -> list[tuple[int, int]]:
     """First and last number of the subnets that each taken prefix touches, as far as they can be handed out."""
-    ranges = []
     bits = 8 * len(block.base)
+    ranges = []
     for base, length in taken:
         if 8 * len(base) == bits:
             address = int.from_bytes(base, "big")
-            first = max((address >> shift) - low, 0)
-            last = min(((address | (1 << bits - length) - 1) >> shift) - low, count - 1)
-            if first <= last:
-                ranges.append((first, last))
+            first = (address >> shift) - low
+            last = ((address | (1 << bits - length) - 1) >> shift) - low
+            if last >= 0 and first < count:
+                ranges.append((max(first, 0), min(last, count - 1)))
     return ranges
 
 

@@ -21,6 +21,7 @@ import queue
 import ssl
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,16 +120,27 @@ class EtcdStore:
         self._call(lambda c: c.kv.Put, request, self._config_key)
 
     def snapshot(self) -> Snapshot:
-        key, revision = self._subnets, 0
         records: list[Record] = []
-        while True:
-            request = rpc.RangeRequest(key=key, range_end=self._subnets_end, limit=PAGE, revision=revision)
-            answer = self._call(lambda c: c.kv.Range, request, self._subnets)
-            revision = revision or answer.header.revision
-            records += map(self._record, answer.kvs)
-            if not answer.more:
-                return Snapshot(tuple(records), revision, answer.header.cluster_id)
-            key = answer.kvs[-1].key + b"\0"
+        with ThreadPoolExecutor(1, "page") as ahead:
+            page = self._page(self._subnets)
+            revision = page.header.revision
+            while page.more:
+                # etcd looks the next page up while this one is taken apart.
+                following = ahead.submit(self._page, page.kvs[-1].key + b"\0", revision)
+                records += map(self._record, page.kvs)
+                page = following.result()
+            records += map(self._record, page.kvs)
+        return Snapshot(tuple(records), revision, page.header.cluster_id)
+
+    def _page(self, key: bytes, revision: int = 0) -> Any:
+        """Up to PAGE leases from `key` on. A first page is the cluster's latest word (revision 0: a quorum is asked).
+
+        What it held at that revision never changes, so all further pages come from the member itself.
+        """
+        request = rpc.RangeRequest(
+            key=key, range_end=self._subnets_end, limit=PAGE, revision=revision, serializable=bool(revision)
+        )
+        return self._call(lambda c: c.kv.Range, request, self._subnets)
 
     def watch(self, revision: int, cluster_id: int = 0) -> "EtcdWatch":
         return EtcdWatch(self, revision, cluster_id)
@@ -274,7 +286,9 @@ class EtcdStore:
             case grpc.StatusCode.RESOURCE_EXHAUSTED:
                 return StoreUnavailable(f"etcd at {endpoint} is overloaded or its database is full")
             case grpc.StatusCode.OUT_OF_RANGE:
-                return StoreUnavailable(f"etcd at {endpoint} compacted the revision that was being read")
+                return StoreUnavailable(
+                    f"etcd at {endpoint} does not have the revision that was being read, or no longer"
+                )
             case grpc.StatusCode.NOT_FOUND:
                 return _LeaseGone("the etcd lease has ended meanwhile")
             case grpc.StatusCode.CANCELLED:

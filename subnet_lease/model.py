@@ -139,8 +139,11 @@ class Prefix(NamedTuple):
 
     def overlaps(self, other: "Prefix") -> bool:
         """Whether any address lies in both; never true across families."""
-        size, other_size = len(self.base), len(other.base)
-        return size == other_size and (self.first ^ other.first) >> 8 * size - min(self.length, other.length) == 0
+        bits = 8 * len(self.base)
+        if bits != 8 * len(other.base):
+            return False
+        spare = bits - min(self.length, other.length)
+        return int.from_bytes(self.base, "big") >> spare == int.from_bytes(other.base, "big") >> spare
 
     def host(self, number: int) -> bytes:
         """The packed address `number` places after the base."""

@@ -6,7 +6,8 @@ host itself: no lease can capture its own subnet or address, or a block of its u
 
 Two leases contest each other where their subnets overlap, where one MAC stands for two underlay addresses, or one
 underlay address for two MACs. Of contestants the eldest (by create revision, then by key) is accepted: whoever comes
-later cannot take over traffic by writing a key. A host may hold several subnets with one VTEP; that is no contest.
+later cannot take over traffic by writing a key. A host may hold several subnets with one VTEP; that is no contest, and
+the eldest of them speaks for all.
 
 Costs are in proportion to what changed. Nothing here reads a clock or a store.
 """
@@ -87,10 +88,11 @@ class LeaseTable:
         for event in events:
             key = event.key
             old = self._valid.get(key)
-            if continuous and old and isinstance(event, Record) and old.mod_revision == event.mod_revision:
+            if continuous and old is not None and isinstance(event, Record) and old.mod_revision == event.mod_revision:
                 continue
             before.setdefault(key, self.accepted(key))
-            self._remove(key, touched)
+            if old is not None or key in self._invalid:
+                self._remove(key, touched)
             if isinstance(event, Record) and key != self._host.key and self._add(event, touched):
                 doubtful.add(key)
         for claim, eldest in touched.items():

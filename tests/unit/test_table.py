@@ -295,7 +295,7 @@ def in_the_end(events: list[Record | Deleted]) -> list[Record]:
 
 
 def believable(records: list[Record]) -> dict[str, Lease]:
-    """What the rules say, worked out the long way: every pair compared."""
+    """What the rules say, worked out the long way: each lease compared with all its elders."""
     leases: dict[str, Lease] = {}
     for each in records:
         try:
@@ -307,19 +307,20 @@ def believable(records: list[Record]) -> dict[str, Lease]:
         if each.key != HOST.key and CONFIG.block.covers(subnet) and not any(map(subnet.overlaps, protected)):
             leases[each.key] = Lease(subnet, subnet6, attrs, 1, each.create_revision, each.mod_revision)
 
-    def contest(one: Lease, other: Lease) -> bool:
-        assert one.attrs.vtep and other.attrs.vtep
-        same_mac, same_ip = one.attrs.vtep == other.attrs.vtep, one.attrs.public_ip == other.attrs.public_ip
-        return one.subnet.overlaps(other.subnet) or same_mac != same_ip
+    def mac(lease: Lease) -> bytes:
+        assert lease.attrs.vtep
+        return lease.attrs.vtep.mac
 
-    def age(key: str) -> tuple[int, str]:
-        return leases[key].create_revision, key
-
-    return {
-        key: lease
-        for key, lease in leases.items()
-        if not any(contest(lease, leases[other]) for other in leases if age(other) < age(key))
-    }
+    by_age = sorted(leases.items(), key=lambda item: (item[1].create_revision, item[0]))
+    accepted: dict[str, Lease] = {}
+    for number, (key, lease) in enumerate(by_age):
+        so_far = [other for _, other in by_age[: number + 1]]
+        first_with_mac = next(other for other in so_far if mac(other) == mac(lease))
+        first_with_ip = next(other for other in so_far if other.attrs.public_ip == lease.attrs.public_ip)
+        honest = first_with_mac.attrs.public_ip == lease.attrs.public_ip and mac(first_with_ip) == mac(lease)
+        if honest and not any(other.subnet.overlaps(lease.subnet) for other in so_far[:-1]):
+            accepted[key] = lease
+    return accepted
 
 
 @settings(max_examples=500)
@@ -404,6 +405,12 @@ def test_hostile_records_never_raise(records: list[Record]) -> None:
     assert not accepted(made) & made.rejected.keys()
     # 64 characters of it are shown at most, each ten long where it is escaped.
     assert all(reason.isprintable() and len(reason) < 1000 for reason in made.rejected.values())
+
+
+def test_second_subnet_of_a_host_is_accepted_though_an_impostor_came_between() -> None:
+    impostor = record("10.0.2.0-24", 1, 2, BackendData={"VNI": 1, "VtepMAC": "02:00:00:00:00:99"})
+    made = table(record("10.0.1.0-24", 1, 1), impostor, record("10.0.3.0-24", 1, 3))
+    assert accepted(made) == {"10.0.1.0-24", "10.0.3.0-24"}
 
 
 def test_thousands_of_leases_of_one_vtep_are_not_judged_anew_for_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
