@@ -160,16 +160,17 @@ class Reconciler:
                 case Snapshot() as snapshot:
                     changed = self._table.replace(snapshot)
                     del snapshot  # The entries that are made next find room where it was.
-                    gone = {owner for owner in self._tracker.owners if self._table.accepted(owner) is None}
-                    self._want(changed | gone)
+                    self._want(changed)
+                    self._want([owner for owner in self._tracker.owners if self._table.accepted(owner) is None])
                     self._complete = True
                 case Changes() as changes:
                     if self._complete:
                         self._want(self._table.apply(changes))
         return True
 
-    def _want(self, keys: set[str]) -> None:
-        for key in keys:
+    def _want(self, keys: Iterable[str]) -> None:
+        """Work out anew what these leases call for. As long as there is no device it is nothing: see `_look_again`."""
+        for key in keys if self._local.device else ():
             lease = self._table.accepted(key)
             self._tracker.want(key, entries_for(lease, self._local) if lease else ())
 
@@ -210,7 +211,7 @@ class Reconciler:
             self._log.info("device_set", device=self._spec.name, changes=list(changes), mtu=self._spec.mtu)
         if self._local.device != self._kernel.device:
             self._local = replace(self._local, device=self._kernel.device)
-            self._want({key for key, _ in self._table.peers()})
+            self._want(key for key, _ in self._table.peers())
         if changes or not self._prepared:
             self._prepare(self._lease, self._spec)
             self._prepared = True

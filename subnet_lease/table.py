@@ -12,7 +12,7 @@ the eldest of them speaks for all.
 Costs are in proportion to what changed. Nothing here reads a clock or a store.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 
 from subnet_lease.claims import Age, Claims
@@ -68,8 +68,11 @@ class LeaseTable:
 
     # --- facts in, changed keys out ---
 
-    def replace(self, snapshot: Snapshot) -> set[str]:
-        """Take over a complete set of records. Returns the keys whose accepted lease changed, came or went."""
+    def replace(self, snapshot: Snapshot) -> Set[str]:
+        """Take over a complete set of records. Returns the keys whose accepted lease changed, came or went.
+
+        They come in the order of the records: what is made of them then lies side by side in memory, as they do.
+        """
         present = {record.key for record in snapshot.records}
         gone = [Deleted(key, snapshot.revision) for key in (self._valid.keys() | self._invalid.keys()) - present]
         # In another cluster, or a restored one, the same revision may stand for another value.
@@ -77,11 +80,11 @@ class LeaseTable:
         self._cluster_id = snapshot.cluster_id
         return self._apply([*gone, *snapshot.records], snapshot.revision, continuous)
 
-    def apply(self, changes: Changes) -> set[str]:
+    def apply(self, changes: Changes) -> Set[str]:
         """Take over changes in the store's order. Returns as `replace` does."""
         return self._apply(changes.events, changes.revision)
 
-    def _apply(self, events: Iterable[Record | Deleted], revision: int, continuous: bool = True) -> set[str]:
+    def _apply(self, events: Iterable[Record | Deleted], revision: int, continuous: bool = True) -> Set[str]:
         before: dict[str, Lease | None] = {}
         doubtful: set[str] = set()
         touched: dict[Claim, Age | None] = {}
@@ -102,7 +105,7 @@ class LeaseTable:
             before.setdefault(key, self.accepted(key))
             self._judge(key)
         self.revision = revision
-        return {key for key, lease in before.items() if self.accepted(key) != lease}
+        return {key: None for key, lease in before.items() if self.accepted(key) != lease}.keys()
 
     def _remove(self, key: str, touched: dict[Claim, Age | None]) -> None:
         self._invalid.pop(key, None)
