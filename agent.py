@@ -157,9 +157,11 @@ def _store(options: EtcdOptions) -> "EtcdStore":
     from subnet_lease.etcd import EtcdStore
     from subnet_lease.store import StoreConfigInvalid
 
+    # Each host begins somewhere else in the list: the first member would have the watches of all.
+    turn = random.randrange(len(options.etcd_endpoints))
     try:
         return EtcdStore(
-            options.etcd_endpoints,
+            options.etcd_endpoints[turn:] + options.etcd_endpoints[:turn],
             options.etcd_prefix,
             cafile=options.etcd_cafile,
             certfile=options.etcd_certfile,

@@ -47,6 +47,9 @@ from subnet_lease.store import (
 PAGE = 1000
 """Keys per read: some 200 kB, where 18,700 leases in one answer would break grpc's default of 4 MiB."""
 
+PAGE_ATTEMPTS = 4
+"""How often a page after the first is asked for before the whole read fails."""
+
 CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
     ("grpc.keepalive_timeout_ms", 5_000),
@@ -135,11 +138,15 @@ class EtcdStore:
     def _page(self, key: bytes, revision: int = 0) -> Any:
         """Up to PAGE leases from `key` on. A first page is the cluster's latest word (revision 0: a quorum is asked).
 
-        What it held at that revision never changes, so all further pages come from the member itself.
+        What it held at that revision never changes, so all further pages come from the member itself, and one that is
+        too busy is asked for the same page again: to begin anew would make it busier.
         """
         request = rpc.RangeRequest(
             key=key, range_end=self._subnets_end, limit=PAGE, revision=revision, serializable=bool(revision)
         )
+        for _ in range(PAGE_ATTEMPTS - 1 if revision else 0):
+            with contextlib.suppress(StoreUnavailable):
+                return self._call(lambda c: c.kv.Range, request, self._subnets)
         return self._call(lambda c: c.kv.Range, request, self._subnets)
 
     def watch(self, revision: int, cluster_id: int = 0) -> "EtcdWatch":
@@ -408,7 +415,8 @@ class EtcdWatch:
         return rpc.WatchRequest(create_request=create)
 
     def _changes(self, response: Any) -> Changes:
-        if self._cluster_id and response.header.cluster_id != self._cluster_id:
+        # etcd's own proxy (3.4) leaves the header empty for those who join a watch that it has already.
+        if self._cluster_id and response.header.cluster_id not in (0, self._cluster_id):
             raise WatchInterrupted("another etcd cluster answers")
         if response.compact_revision:
             raise WatchInterrupted(f"etcd no longer keeps the changes before revision {response.compact_revision}")

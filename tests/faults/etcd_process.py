@@ -6,7 +6,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 from overlay.cluster import wait_until
@@ -162,3 +162,34 @@ class EtcdProcess:
                 time.sleep(0.05)
             finally:
                 store.close()
+
+
+class EtcdProxy:
+    """`etcd grpc-proxy` before one endpoint, on a port of loopback; a context manager. `directory` gets its log."""
+
+    def __init__(self, directory: Path, behind: str) -> None:
+        (port,) = free_ports(1)
+        self.endpoint = f"http://127.0.0.1:{port}"
+        self._directory = directory
+        self._command = [
+            *("etcd", "grpc-proxy", "start", f"--endpoints={behind}", f"--listen-addr=127.0.0.1:{port}"),
+            f"--data-dir={directory / 'proxy'}",
+        ]
+
+    def __enter__(self) -> "EtcdProxy":
+        with (self._directory / "proxy.log").open("ab") as log:
+            self._process = subprocess.Popen(self._command, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        with closing(EtcdStore([self.endpoint], "/proxy", timeout=1.0)) as store:
+            wait_until(lambda: _answers(store))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait(timeout=START_DEADLINE_S)
+
+
+def _answers(store: EtcdStore) -> bool:
+    with suppress(StoreUnavailable):
+        store.read_config()
+        return True
+    return False

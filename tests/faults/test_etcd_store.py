@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from etcd3 import etcdrpc as rpc
 
 from overlay.cluster import wait_until
+from subnet_lease import etcd
 from subnet_lease.etcd import EtcdStore
 from subnet_lease.store import (
     Changes,
@@ -24,7 +26,7 @@ from subnet_lease.store import (
     StoreUnavailable,
     WatchInterrupted,
 )
-from tests.faults.etcd_process import EtcdProcess, free_ports
+from tests.faults.etcd_process import EtcdProcess, EtcdProxy, free_ports
 
 pytestmark = pytest.mark.fault
 
@@ -118,6 +120,29 @@ def test_a_snapshot_of_many_pages_is_complete_and_of_one_revision(store: EtcdSto
         assert sorted(keys) == [record.key for record in snapshot.records]
         assert snapshot.revision >= revision
         assert snapshot.cluster_id
+
+
+def test_a_page_that_comes_too_late_is_asked_for_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(etcd, "PAGE", 10)
+    pages: list[int] = []
+    with EtcdProcess(tmp_path) as process, contextlib.closing(process.store(timeout=0.5)) as store:
+        keys = [f"10.5.{n}.0-24" for n in range(25)]
+        for key in keys:
+            store.create(key, b"", 0)
+
+        def asked(store: EtcdStore, key: bytes, revision: int = 0, page: Any = EtcdStore._page) -> Any:
+            pages.append(revision)
+            if len(pages) == 2:
+                process.pause()
+                resume.start()
+            return page(store, key, revision)
+
+        resume = threading.Timer(0.75, process.resume)
+        monkeypatch.setattr(EtcdStore, "_page", asked)
+        snapshot = store.snapshot()
+        resume.join()
+    assert sorted(keys) == [record.key for record in snapshot.records]
+    assert pages == [0, snapshot.revision, snapshot.revision]
 
 
 def test_keys_of_other_prefixes_and_bytes_beyond_utf8_are_kept_apart(shared: EtcdProcess, store: EtcdStore) -> None:
@@ -221,6 +246,7 @@ def test_closing_the_store_ends_watches_quietly_and_refuses_calls(shared: EtcdPr
 def test_an_interpreter_exits_in_silence_with_a_watch_open(shared: EtcdProcess) -> None:
     program = f"""
 import threading
+from subnet_lease import etcd
 from subnet_lease.etcd import EtcdStore
 store = EtcdStore(["{shared.endpoint}"], "/test/exit")
 begun = threading.Event()
@@ -250,6 +276,25 @@ def test_another_cluster_at_the_same_address_interrupts_the_watch_for_good(store
     with pytest.raises(WatchInterrupted, match="another etcd cluster") as caught:
         list(store.watch(base.revision + 1, base.cluster_id ^ 1))
     assert not caught.value.resumable
+
+
+def test_a_watch_that_a_proxy_joins_to_others_goes_on(
+    shared: EtcdProcess, store: EtcdStore, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    prefix = f"/test/{request.node.name}"
+    snapshot = store.snapshot()
+    with EtcdProxy(tmp_path, shared.endpoint) as proxy, contextlib.ExitStack() as stack:
+        streams = []
+        for _ in range(3):
+            behind = stack.enter_context(contextlib.closing(EtcdStore([proxy.endpoint], prefix)))
+            watch = behind.watch(snapshot.revision + 1, snapshot.cluster_id)
+            stack.callback(watch.cancel)
+            streams.append(iter(watch))
+            next(streams[-1])
+        store.create("10.5.1.0-24", b"", 0)
+        for stream in streams:
+            changes = next(each for each in stream if each.events)
+            assert [event.key for event in changes.events] == ["10.5.1.0-24"]
 
 
 def test_a_store_that_went_back_behind_the_revision_interrupts_the_watch_for_good(store: EtcdStore) -> None:
