@@ -209,7 +209,11 @@ class EtcdOptions:
 
     etcd_endpoints: Annotated[
         tuple[str, ...],
-        Declaration("etcd", ENDPOINTS, "Members of one etcd cluster, in any order: a host begins at random. https means TLS, for all or for none."),
+        Declaration(
+            "etcd",
+            ENDPOINTS,
+            "Members of one etcd cluster, begun with at random; https means TLS, for all or for none.",
+        ),
     ] = ("http://127.0.0.1:2379",)
     etcd_prefix: Annotated[
         str, Declaration("etcd", KEY_PREFIX, "Prefix of the keys in etcd; the network configuration is PREFIX/config.")
