@@ -8,7 +8,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := PIP_ROOT_USER_ACTION=ignore $(BIN)/python -m pip --disable-pip-version-check --quiet
+PIP := python -m pip --disable-pip-version-check --quiet
+export PIP_ROOT_USER_ACTION := ignore
 SOURCES := agent.py overlay subnet_lease tests
 
 # program:package
@@ -42,8 +43,9 @@ lint: .venv/dev.stamp ## format, style and layering
 types: .venv/dev.stamp ## mypy --strict
 	$(BIN)/mypy
 
-bench: root system .venv/dev.stamp ## measurements against the kernel alone and iproute2; needs root
-	$(BIN)/python -m tests.bench
+bench: root system .venv-bench/run.stamp ## measure all that docs/benchmarks.md and docs/scale.md say; needs root
+	.venv-bench/bin/python -m tests.bench \
+	  --json docs/benchmarks.json --markdown docs/benchmarks.md --scale docs/scale.md
 
 docs: .venv/run.stamp ## regenerate the configuration reference and the example from the options
 	$(BIN)/python -m overlay.options > docs/configuration.md
@@ -58,11 +60,11 @@ lock: ## bring the lock files in line with pyproject.toml
 	echo setuptools | "$${compile[@]}" $(UV_OPTIONS) pyproject.toml - --group dev -c requirements.lock -o requirements-dev.lock
 
 wheel: .venv/run.stamp ## build dist/overlay_agent-*.whl
-	@$(PIP) wheel --no-deps --no-build-isolation --no-index --wheel-dir dist .
+	@$(BIN)/$(PIP) wheel --no-deps --no-build-isolation --no-index --wheel-dir dist .
 	@ls dist/*.whl
 
 clean: ## remove .venv and all that was built
-	rm -rf .venv build dist *.egg-info .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-bench build dist *.egg-info .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 root:
@@ -84,7 +86,8 @@ system:
 	  if [ -n "$$quiet" ]; then systemctl unmask --quiet etcd.service; systemctl disable --quiet etcd.service; fi; \
 	fi
 
-.venv/run.stamp: requirements.lock pyproject.toml
+# What is measured has nothing in its environment but what a host has: a tool of ours may change what a library imports.
+.venv/run.stamp .venv-bench/run.stamp: requirements.lock pyproject.toml
 	@$(call install,requirements.lock)
 
 .venv/dev.stamp: requirements-dev.lock pyproject.toml
@@ -94,9 +97,9 @@ define install
 $(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
   echo "overlay-agent needs Python 3.11, 3.12 or 3.13; $(PYTHON) is $$($(PYTHON) --version). Name one: make PYTHON=python3.12"; \
   exit 1; }; \
-echo "Installing $(1) into .venv"; \
-[ -x $(BIN)/python ] || $(PYTHON) -m venv .venv; \
-$(PIP) install --require-hashes -r $(1); \
-$(PIP) install --no-deps --no-build-isolation --no-index --config-settings editable_mode=compat --editable .; \
+echo "Installing $(1) into $(@D)"; \
+[ -x $(@D)/bin/python ] || $(PYTHON) -m venv $(@D); \
+$(@D)/bin/$(PIP) install --require-hashes -r $(1); \
+$(@D)/bin/$(PIP) install --no-deps --no-build-isolation --no-index --config-settings editable_mode=compat --editable .; \
 touch $@
 endef

@@ -155,8 +155,7 @@ class Tracker:
                 if routes is None:
                     # Built when it is needed, which is when somebody else has removed a nexthop.
                     routes = {}
-                    for key in self._want.keys() | self._gap.keys():
-                        entry = self._found(key)
+                    for entry in chain(self._want.values(), self._gap.values()):
                         if isinstance(entry, Route):
                             routes.setdefault(entry.nexthop, []).append(entry)
                 for route in routes.pop(sight.entry.id, ()):

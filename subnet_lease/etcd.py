@@ -16,6 +16,7 @@ Errors are told apart by status code, never by text; the text of grpc goes to th
 """
 
 import contextlib
+import importlib
 import os
 import queue
 import ssl
@@ -64,6 +65,10 @@ CHANNEL_OPTIONS = (
 )
 
 log = structlog.get_logger()
+
+# How often a thread that waits for a watch wakes up, in seconds. grpc has 0.1, so that signal handlers get their turn
+# in the main thread; that was most of what an idle agent did, and ours are called by way of a file descriptor.
+setattr(importlib.import_module("grpc._common"), "MAXIMUM_WAIT_TIMEOUT", 60.0)  # noqa: B010
 
 
 class EtcdStore:

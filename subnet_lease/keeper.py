@@ -63,10 +63,10 @@ class Keeper:
     """Owns the host's lease. `acquire` once, then `run` as a thread's body; `check`, `saw` and `stop` from any thread.
 
     `attrs_for` gives what to publish, from the lease held before (its MAC is to be kept) or None. `ttl` is what a new
-    etcd lease is granted, in seconds; it is renewed `renew_margin` seconds before its end, or after half of its time if
-    that is later. `preferred` is the subnet to take if it is free; none that overlaps a block in `avoid` is taken.
-    `on_lease` is called by `run` with each lease that differs from the last: another subnet, another etcd lease, or a
-    value that had to be written.
+    etcd lease is granted, in seconds; it is renewed `renew_margin` seconds before its end, by chance up to half as many
+    earlier, or after half of its time if that is later. `preferred` is the subnet to take if it is free; none that
+    overlaps a block in `avoid` is taken. `on_lease` is called by `run` with each lease that differs from the last:
+    another subnet, another etcd lease, or a value that had to be written.
     """
 
     def __init__(
@@ -97,6 +97,7 @@ class Keeper:
         self._avoid = avoid
         self._clock = clock
         self._pick = pick
+        self._jitter = jitter
         self._backoff = Backoff(jitter)
         self._log = log or structlog.get_logger()
         self._outage = Outage()
@@ -262,7 +263,8 @@ class Keeper:
     # --- time ---
 
     def _schedule(self, lease: Lease, asked_at: float, seconds: int) -> None:
-        margin = min(self._renew_margin, seconds / 2)
+        # Earlier by chance, so that hosts that started together do not renew together for ever after.
+        margin = min(self._renew_margin * (1 + self._jitter() / 2), seconds / 2)
         self._renew_at = float("inf") if lease.reserved else asked_at + seconds - margin
 
     def _renew(self, lease: Lease) -> None:

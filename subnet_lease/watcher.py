@@ -20,6 +20,10 @@ from subnet_lease.store import Changes, Snapshot, Store, StoreDenied, StoreError
 
 RELIST_S = 4 * 3600.0
 
+RETURN_S_PER_LEASE = 0.0002
+"""A lost member's watches come back spread over this much for each lease, 3 s at 15,000: to open one over TLS takes
+etcd some 2 ms of CPU time (docs/scale.md)."""
+
 
 class Watcher:
     """A thread's body: `run` delivers until `stop`. `deliver` gets a Snapshot first, then Changes that are never empty.
@@ -52,6 +56,7 @@ class Watcher:
         self._first = first
         self._watch: Watch | None = None
         self._resume = 0
+        self._leases = 0
         self._cluster_id = 0
         self._relist_at = 0.0
         self._connected = False
@@ -77,7 +82,7 @@ class Watcher:
                 if isinstance(error, WatchInterrupted) and not error.resumable:
                     self._resume = 0
                 self._report(error)
-                self._stopped.wait(self._backoff.delay())
+                self._stopped.wait(self._backoff.delay() + self._jitter() * self._leases * RETURN_S_PER_LEASE)
         self._connected = False
 
     def stop(self) -> None:
@@ -113,6 +118,7 @@ class Watcher:
         snapshot, self._first = self._first or self._store.snapshot(), None
         self._heard()
         self._cluster_id = snapshot.cluster_id
+        self._leases = len(snapshot.records)
         self._relist_at = self._clock() + self._relist_s * (0.5 + self._jitter())
         self._deliver(snapshot)
         self._resume = snapshot.revision + 1

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from overlay.netns import NETNS, Namespace, create, delete
+from overlay.netns import NETNS, Namespace, NamespaceError, create, delete
 from subnet_lease.model import Lease, format_address, format_mac
 from tests.bench.peers import DEVICE, ETCD_IP, OWN_IP, UNDERLAY
 
@@ -34,31 +34,32 @@ def hub() -> Iterator[Namespace]:
 
 
 @contextlib.contextmanager
-def fresh_place(hub: Namespace) -> Iterator[Namespace]:
+def fresh_place(hub: Namespace, own_ip: str = OWN_IP) -> Iterator[Namespace]:
     """A namespace whose `eth0` is the underlay, with the hub at its other end. It is empty before it is deleted.
 
     The kernel tears a namespace down later and beside other work, which would disturb the next measurement; so what
     takes long to remove is removed here.
     """
-    name = f"oabench-{os.getpid()}"
+    number = own_ip.rpartition(".")[2]
+    name = f"oabench-{os.getpid()}-{number}"
     create([name])
     place = Namespace(name)
     try:
         place.ip(
             "link set lo up",
-            f"link add eth0 type veth peer place netns {hub.netns}",
-            f"addr add {OWN_IP}/{UNDERLAY.length} dev eth0",
+            f"link add eth0 type veth peer place{number} netns {hub.netns}",
+            f"addr add {own_ip}/{UNDERLAY.length} dev eth0",
             "link set eth0 up",
             f"route add default via {ETCD_IP}",
         )
-        hub.ip(f"addr add {ETCD_IP}/{UNDERLAY.length} dev place", "link set place up")
+        hub.ip(f"addr add {ETCD_IP} peer {own_ip}/32 dev place{number}", f"link set place{number} up")
         yield place
     finally:
-        # Routes before nexthops: a nexthop object in use costs the kernel a walk over all routes.
-        place.run("ip", "route", "flush", "table", "main", seconds=120)
-        place.run("ip", "nexthop", "flush", seconds=120)
-        place.run("ip", "link", "delete", DEVICE, seconds=120)
-        place.run("ip", "link", "delete", "eth0", seconds=120)
+        # Routes first: a nexthop object in use, and so the device, costs the kernel a walk over all routes.
+        with contextlib.suppress(NamespaceError):
+            routes = place.json("ip", "-4", "route", "show", "dev", DEVICE)
+            place.ip(*(f"route del {route['dst']}" for route in routes), f"link del {DEVICE}")
+        place.run("ip", "link", "delete", "eth0")
         delete([name])
 
 
@@ -69,6 +70,11 @@ def make_device(place: Namespace) -> int:
         f"addr add 10.0.0.0/32 dev {DEVICE}",
         f"link set {DEVICE} up",
     )
+    return device_index(place)
+
+
+def device_index(place: Namespace) -> int:
+    """The interface index of the VXLAN device."""
     return int(place.json("ip", "link", "show", "dev", DEVICE)[0]["ifindex"])
 
 

@@ -1,106 +1,110 @@
-"""One run of the benchmark: every contender at every size, interleaved, `repeat` times over."""
+"""The scenarios, and one run of some of them: what `--json` writes and `report.render` reads."""
 
 import contextlib
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import structlog
 
-from overlay.netns import Namespace
-from subnet_lease.keeper import release_lease
-from subnet_lease.model import Lease, pack_address
-from tests.bench import contenders, joins, machine
-from tests.bench.peers import ETCD_ENDPOINT, OWN_IP, leases, load
-from tests.bench.place import compare, fresh_place, hub, inside
-from tests.faults.etcd_process import SOCKET, EtcdProcess
+from tests.bench import bursts, changes, churn, drift, idle, machine, restart, start
+from tests.bench.peers import SMALL
+from tests.bench.place import hub
+from tests.bench.report import Figures
+from tests.bench.testbed import Options, Samples, Testbed, etcd_in
 
-SMALL = 2
-"""Peers in the smallest cluster measured: three hosts with this one. What is spent there is spent at any size."""
-
-JOINS = 200
-"""Hosts that join and leave again in each repetition."""
-
-PYROUTE2_MOST = 1000
-"""Peers beyond which pyroute2 is not measured: its cost is linear, and tens of seconds by then."""
-
-Samples = dict[str, dict[str, list[Any]]]
-"""Contender -> number of peers -> one sample a repetition: seconds, or the fields of a `contenders.Start`."""
+__all__ = ["SCENARIOS", "SMALL", "Refused", "measured", "merge", "refuse_other_machine", "run"]
 
 
-def run(sizes: Sequence[int], repeat: int, progress: Callable[[str], None]) -> dict[str, Any]:
-    """Measure; the result is what `--json` writes and `report.render` reads."""
+class Refused(Exception):
+    """What was asked for cannot be measured, or not be put together; the text says why."""
+
+
+class Scenario(NamedTuple):
+    """`measure` gives samples by name, no two scenarios the same names; `sections` is what to say of them.
+
+    `plots` are the names of the pictures to show with that, as far as they are drawn.
+    """
+
+    measure: Callable[[Testbed], dict[str, Any]]
+    sections: Callable[[Figures], list[str]]
+    plots: tuple[str, ...] = ()
+
+
+def _cluster() -> Any:
+    """The benchmark of whole clusters, which has its own etcd and namespaces. Imported by those who want it."""
+    try:
+        from tests.bench import cluster
+    except ModuleNotFoundError as error:
+        raise Refused(f"the scenario cluster cannot be run or shown: there is no module {error.name}") from None
+    return cluster
+
+
+def _measure_cluster(bed: Testbed) -> dict[str, Any]:
+    directory = bed.directory / "cluster"
+    directory.mkdir()
+    return {"cluster": _cluster().measure(directory, bed.say)}
+
+
+def _cluster_sections(figures: Figures) -> list[str]:
+    found: list[str] = _cluster().sections(figures.whole("cluster"))
+    return found
+
+
+SCENARIOS = {
+    "start": Scenario(start.measure, start.sections, ("start.svg", "stages.svg", "memory.svg")),
+    "changes": Scenario(changes.measure, changes.sections, ("changes.svg",)),
+    "bursts": Scenario(bursts.measure, bursts.sections),
+    "churn": Scenario(churn.measure, churn.sections),
+    "restart": Scenario(restart.measure, restart.sections),
+    "drift": Scenario(drift.measure, drift.sections),
+    "idle": Scenario(idle.measure, idle.sections),
+    "cluster": Scenario(_measure_cluster, _cluster_sections),
+}
+"""In the order of the document."""
+
+
+def run(names: Iterable[str], options: Options, say: Callable[[str], None]) -> Iterator[dict[str, Any]]:
+    """Measure these scenarios: after each, all figures so far. `runs` says what each measured, `samples` holds it."""
+    if "cluster" in names:
+        _cluster()
     # Until etcd answers there are refused connections, which is no news here.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
     samples: Samples = {}
-    clusters = {size: leases(size) for size in (SMALL, *sizes)}
+    runs: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="overlay-agent-bench-")))
         home = stack.enter_context(hub())
-        etcd = stack.enter_context(_etcd(home, directory / "etcd"))
-        for size, peers in clusters.items():
-            load(etcd.endpoint, _prefix(size), peers)
-        progress("one start that is not counted: Python compiles, files come into memory")
-        _agent({}, home, etcd, directory, SMALL, clusters[SMALL])
-        for number in range(1, repeat + 1):
-            for size, peers in clusters.items():
-                progress(f"run {number} of {repeat}: {size} peers")
-                _agent(samples, home, etcd, directory, size, peers)
-                if size != SMALL:
-                    _rivals(samples, home, directory, size, peers)
-    return {"machine": machine.facts(), "sizes": list(sizes), "repeat": repeat, "samples": samples}
+        bed = Testbed(home, stack.enter_context(etcd_in(home, directory / "etcd")), directory, options, say)
+        say("starts that are not counted: Python compiles, files come into memory")
+        with bed.host(SMALL) as host, host.agent():
+            pass
+        start.stages(bed, SMALL)
+        for name in names:
+            found = SCENARIOS[name].measure(bed)
+            samples.update(found)
+            runs[name] = {"options": dataclasses.asdict(options), "samples": sorted(found)}
+            yield {"machine": machine.facts(), "runs": runs, "samples": samples}
 
 
-@contextlib.contextmanager
-def _etcd(home: Namespace, directory: Path) -> Iterator[EtcdProcess]:
-    """etcd in the hub: on the underlay for the agents, on a unix socket for us."""
-    urls = f"unix://{SOCKET},http://0.0.0.0:{ETCD_ENDPOINT.rpartition(':')[2]}"
-    etcd = EtcdProcess(directory, unix=True, arguments=[f"--listen-client-urls={urls}"])
-    inside(home, etcd.start)
-    try:
-        yield etcd
-    finally:
-        etcd.kill()
+def merge(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """The scenarios of both, those of `new` in place of the same in `old`. Refused unless the machine is the same."""
+    refuse_other_machine(old)
+    again = {what for name in new["runs"] if name in old["runs"] for what in old["runs"][name]["samples"]}
+    kept = {what: found for what, found in old["samples"].items() if what not in again}
+    return {**new, "runs": {**old["runs"], **new["runs"]}, "samples": {**kept, **new["samples"]}}
 
 
-def _prefix(size: int) -> str:
-    return f"/bench/{size}"
+def refuse_other_machine(result: dict[str, Any]) -> None:
+    """Refused if the figures are from a machine that differs from this one in any fact."""
+    here = machine.facts()
+    different = [name for name in here if result["machine"].get(name) != here[name]]
+    if different:
+        raise Refused(f"the figures to add to are of another machine: {', '.join(different)} differ")
 
 
-def _agent(
-    samples: Samples, home: Namespace, etcd: EtcdProcess, directory: Path, size: int, peers: Sequence[Lease]
-) -> None:
-    """A first start on an empty kernel, then one that finds everything in place; then others join and leave."""
-    store = etcd.store(_prefix(size))
-
-    def others_come_and_go() -> None:
-        _note(samples, "changes", size, dataclasses.asdict(joins.measure(place, store, JOINS)))
-
-    with fresh_place(home) as place:
-        for name, meanwhile in (("agent", lambda: None), ("restart", others_come_and_go)):
-            start = contenders.start_agent(place, ETCD_ENDPOINT, _prefix(size), directory, meanwhile)
-            compare(place, peers, nexthops=True)
-            _note(samples, name, size, dataclasses.asdict(start))
-    release_lease(store, pack_address(OWN_IP))
-    store.close()
-
-
-def _rivals(samples: Samples, home: Namespace, directory: Path, size: int, peers: Sequence[Lease]) -> None:
-    for name, ack_each in (("kernel", False), ("kernel_acks", True)):
-        with fresh_place(home) as place:
-            _note(samples, name, size, contenders.kernel_alone(place, peers, ack_each=ack_each))
-            compare(place, peers, nexthops=True)
-    for name, nexthops in (("iproute2", False), ("iproute2_nexthops", True)):
-        with fresh_place(home) as place:
-            _note(samples, name, size, contenders.iproute2(place, peers, directory, nexthops=nexthops))
-            compare(place, peers, nexthops=nexthops)
-    if size <= PYROUTE2_MOST:
-        with fresh_place(home) as place:
-            _note(samples, "pyroute2", size, contenders.pyroute2(place, peers))
-            compare(place, peers, nexthops=False)
-
-
-def _note(samples: Samples, contender: str, size: int, sample: Any) -> None:
-    samples.setdefault(contender, {}).setdefault(str(size), []).append(sample)
+def measured(result: dict[str, Any]) -> list[Scenario]:
+    """The scenarios that there are figures of."""
+    return [scenario for name, scenario in SCENARIOS.items() if name in result["runs"]]

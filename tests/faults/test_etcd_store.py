@@ -200,6 +200,31 @@ def test_a_watch_from_the_past_gives_what_happened_since(store: EtcdStore) -> No
     assert seen == revisions
 
 
+def test_a_silent_watch_sleeps(store: EtcdStore) -> None:
+    watch = store.watch(store.snapshot().revision + 1)
+    stands = threading.Event()
+
+    def follow() -> None:
+        for _ in watch:
+            stands.set()
+
+    def wakings() -> int:
+        status = Path(f"/proc/self/task/{thread.native_id}/status").read_text()
+        return int(status.partition("\nvoluntary_ctxt_switches:")[2].split()[0])
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    assert stands.wait(5)
+    # Once it has settled down: what is measured is a second of silence.
+    time.sleep(0.5)
+    before = wakings()
+    time.sleep(1)
+    silent = wakings() - before
+    watch.cancel()
+    thread.join(5)
+    assert silent <= 2
+
+
 def test_cancelling_from_another_thread_ends_the_iteration_quietly_and_leaves_no_thread(store: EtcdStore) -> None:
     before = threads()
     watch = store.watch(store.snapshot().revision + 1)
