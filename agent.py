@@ -11,8 +11,8 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -37,8 +37,10 @@ if TYPE_CHECKING:
     from overlay.loops import Loops
     from overlay.notify import Notifier
     from overlay.reconciler import Reconciler
+    from subnet_lease.cache import Cached, CacheWriter
     from subnet_lease.etcd import EtcdStore
-    from subnet_lease.model import Lease, LeaseAttrs, NetworkConfig
+    from subnet_lease.keeper import Keeper
+    from subnet_lease.model import Lease, LeaseAttrs, NetworkConfig, Prefix
     from subnet_lease.store import Changes, Snapshot
 
 Chosen = TypeVar("Chosen", bound=EtcdOptions)
@@ -94,6 +96,28 @@ def _fill_cleanup(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser, Options)
 
 
+def _fill_reserve(parser: argparse.ArgumentParser) -> None:
+    from overlay.reservations import address_argument
+
+    _fill_unreserve(parser)
+    parser.add_argument(
+        "--public-ip", metavar="ADDRESS", type=address_argument, required=True, help="the host's, on the underlay"
+    )
+
+
+def _fill_unreserve(parser: argparse.ArgumentParser) -> None:
+    from overlay.reservations import subnet_argument
+
+    parser.add_argument("subnet", metavar="SUBNET", type=subnet_argument, help="as 10.5.34.0/24")
+    add_arguments(parser, EtcdOptions)
+
+
+def _fill_leases(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print data, for programs")
+    parser.add_argument("--no-ttl", action="store_true", help="do not ask etcd how long each lease still lasts")
+    add_arguments(parser, EtcdOptions)
+
+
 def _fill_lab(parser: argparse.ArgumentParser) -> None:
     from overlay import lab
 
@@ -111,6 +135,21 @@ COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] 
         "Remove the device, its entries, firewall table and subnet file. The agent must not be running.",
         _fill_cleanup,
     ),
+    "leases": (
+        "list the leases and reservations of the cluster",
+        "List all leases and reservations by subnet, and why agents reject those that they do.",
+        _fill_leases,
+    ),
+    "reserve": (
+        "reserve a subnet for one host",
+        "Reserve a subnet for the host with this address: it takes no other, and no time takes it away.",
+        _fill_reserve,
+    ),
+    "unreserve": (
+        "take a reservation back",
+        "Make a reservation a lease, which its host keeps by renewing it; free it if no host has taken it yet.",
+        _fill_unreserve,
+    ),
     "lab": (
         "a cluster in network namespaces on this machine",
         "A cluster of hosts, agents and pods in network namespaces on this machine, to try things out.",
@@ -126,6 +165,12 @@ def _carry_out(arguments: argparse.Namespace) -> int:
             return run(_options(Options, arguments))
         case "cleanup":
             return cleanup(_options(Options, arguments), release=arguments.release)
+        case "leases":
+            return leases(_options(EtcdOptions, arguments), as_json=arguments.json, ttl=not arguments.no_ttl)
+        case "reserve":
+            return reserve(_options(EtcdOptions, arguments), arguments.subnet, arguments.public_ip)
+        case "unreserve":
+            return unreserve(_options(EtcdOptions, arguments), arguments.subnet)
         case "lab":
             from overlay import lab, logs
 
@@ -154,6 +199,8 @@ def _options(kind: type[Chosen], arguments: argparse.Namespace) -> Chosen:
 
 
 def _store(options: EtcdOptions) -> "EtcdStore":
+    # grpc writes to stderr as it likes, a line for each handshake that fails; what matters of that is said by us.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from subnet_lease.etcd import EtcdStore
     from subnet_lease.store import StoreConfigInvalid
 
@@ -177,11 +224,18 @@ def _password(options: EtcdOptions) -> str | None:
     from overlay import logs
 
     password = options.etcd_password.reveal() if options.etcd_password else None
-    if options.etcd_password_file:
+    if path := options.etcd_password_file:
         try:
-            password = Path(options.etcd_password_file).read_text(encoding="utf-8").split("\n", 1)[0]
+            with Path(path).open(encoding="utf-8") as file:
+                if os.fstat(file.fileno()).st_mode & 0o007:
+                    raise OptionError(
+                        "--etcd-password-file",
+                        f"every user of this host can read {path}",
+                        f"Run chmod 600 {path}; for a Kubernetes secret, set defaultMode: 0400 on its volume.",
+                    )
+                password = file.readline().removesuffix("\n")
         except (OSError, UnicodeDecodeError):
-            raise OptionError("--etcd-password-file", f"{options.etcd_password_file} cannot be read") from None
+            raise OptionError("--etcd-password-file", f"{path} cannot be read") from None
     if password:
         logs.hide(password)
     return password
@@ -264,6 +318,7 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
     from overlay.device import device_name, occupied_links, overlay_mtu
     from overlay.kernel import Kernel
     from overlay.reconciler import Reconciler, Stop
+    from subnet_lease.config_watch import ConfigWatch
     from subnet_lease.keeper import Keeper
     from subnet_lease.model import format_address
     from subnet_lease.watcher import Watcher
@@ -273,7 +328,9 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
     for variable, reason in ignored_environment(os.environ).items():
         log.warning("variable_ignored", variable=variable, reason=reason)
 
-    config = _wait_for_config(options, store, notifier, loops, log)
+    value, cached = _first_config(options, store, notifier, loops, log)
+    config = _usable_config(options, value)
+    _report_unused(config, log)
     underlay = _underlay(options, device_name(config.backend.vni))
     for address in {underlay.address, _public_ip(options) or underlay.address}:
         if config.block.holds(address):
@@ -287,7 +344,8 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
         raise Refusal(f"interface {underlay.name} cannot carry an overlay: {error}") from None
     kernel = Kernel()
     loops.at_end(kernel.close)
-    attrs_for = _own_attrs(options, config, underlay, mtu, kernel)
+    extra: dict[str, object] = {"MTU": mtu}
+    attrs_for = _own_attrs(options, config, underlay, extra, kernel)
     log.info("underlay_chosen", interface=underlay.name, mtu=underlay.mtu, why=underlay.why)
 
     watcher: Watcher | None = None
@@ -318,9 +376,12 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
         renew_margin=options.subnet_lease_renew_margin,
         preferred=preferred,
         avoid=occupied_links(underlay, config.block, preferred),
+        assumed=cached.own if cached else None,
         on_lease=held,
     )
     notifier.status("waiting for a subnet")
+    if cached:
+        first.append((cached.own, None))
     loops.start("keeper", keeper.run, keeper.stop)
     while not first:
         loops.pause(None)
@@ -336,23 +397,46 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
             clock=time.monotonic,
         )
         watcher = Watcher(store, deliver, first=snapshot)
-        del snapshot  # This function lasts as long as the agent; all leases in raw form need not.
+    if cached:
+        reconciler.post(cached.snapshot)
+    # This function lasts as long as the agent; all leases in raw form need not.
+    snapshot = cached = None
     notifier.status(f"setting up {lease.subnet}")
     loops.start("reconciler", reconciler.run, lambda: reconciler.post(Stop()))
     loops.start("watcher", watcher.run, watcher.stop)
+    if options.state_dir:
+        writer = _table_cache(options, lambda: value, keeper, reconciler, log)
+        loops.start("cache", writer.run, writer.stop)
+
+    def reconfigured(new: bytes | None) -> None:
+        nonlocal config, value
+        if new is None:
+            log.warning("config_gone", key=f"{options.etcd_prefix}/config", effect="the network goes on as it was")
+            return
+        change = _live_config(options, config, new, underlay, log)
+        if change is not None:
+            config, extra["MTU"] = change
+            value = new
+            keeper.use(config)
+            reconciler.post(config)
+
+    config_watch = ConfigWatch(store, value, reconfigured)
+    loops.start("config", config_watch.run, config_watch.stop)
     _serve_health(options, reconciler, loops, stack)
     while True:
-        loops.pause(notifier.watchdog_interval)
+        if loops.pause(notifier.watchdog_interval):
+            config_watch.check()
         if _alive(reconciler, loops)[0]:
             notifier.beat()
 
 
-def _wait_for_config(
+def _first_config(
     options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loops", log: Any
-) -> "NetworkConfig":
-    """The network configuration, waited for as long as etcd or the key is missing; Refusal if it cannot be used."""
-    from overlay.device import MAX_DEVICE_NAME, device_name
-    from subnet_lease.model import ConfigInvalid, NetworkConfig
+) -> "tuple[bytes, Cached | None]":
+    """The network configuration as the operator wrote it, waited for as long as etcd or the key is missing.
+
+    Where etcd cannot be reached it comes from the last table on disk, if that can be used, which is then returned too.
+    """
     from subnet_lease.retry import Backoff, Outage
     from subnet_lease.store import StoreError
 
@@ -361,15 +445,44 @@ def _wait_for_config(
         reason = f"there is no key {options.etcd_prefix}/config in etcd; it is the operator who writes it"
         try:
             value = store.read_config()
+            if value is not None:
+                return value, None
         except StoreError as error:
-            value, reason = None, str(error)
-        if value is not None:
-            break
+            reason = str(error)
+            if cached := _last_table(options):
+                age = round(time.time() - cached.written)
+                log.warning("started_from_cache", reason=reason, subnet=str(cached.own.subnet), age_s=age)
+                return cached.config, cached
         if outage.failed(time.monotonic()) or reason != said:
             said = reason
             log.warning("waiting_for_config", reason=reason)
             notifier.status(f"waiting: {reason}")
         loops.pause(backoff.delay())
+
+
+def _last_table(options: Options) -> "Cached | None":
+    """The last table on disk, None if there is none that holds for this host as it is now."""
+    if not options.state_dir:
+        return None
+    from overlay.device import device_name
+    from subnet_lease import cache
+
+    cached = cache.read(Path(options.state_dir) / cache.FILE, time.time())
+    if cached is None:
+        return None
+    try:
+        config = _usable_config(options, cached.config)
+        address = _public_ip(options) or _underlay(options, device_name(config.backend.vni)).address
+    except Refusal:
+        return None
+    return cached if cached.own.attrs.public_ip == address and cached.own.attrs.vtep is not None else None
+
+
+def _usable_config(options: EtcdOptions, value: bytes) -> "NetworkConfig":
+    """The configuration, decoded; Refusal if it cannot be used."""
+    from overlay.device import MAX_DEVICE_NAME, device_name
+    from subnet_lease.model import ConfigInvalid, NetworkConfig
+
     try:
         config = NetworkConfig.parse(value)
         if config.backend.type != "vxlan":
@@ -380,33 +493,99 @@ def _wait_for_config(
             raise ConfigInvalid("EnableIPv6", "only IPv4 overlays are supported")
     except ConfigInvalid as error:
         raise Refusal(f"the network configuration in {options.etcd_prefix}/config cannot be used: {error}") from None
+    return config
+
+
+def _report_unused(config: "NetworkConfig", log: Any) -> None:
+    """Say what of the configuration has no effect."""
     if config.unknown:
         log.warning("config_keys_unknown", keys=list(config.unknown))
     if config.backend.direct_routing:
         log.warning("direct_routing_ignored", reason="packets to all peers take the tunnel, which works everywhere")
-    return config
+
+
+def _live_config(
+    options: Options, old: "NetworkConfig", value: bytes, underlay: "Underlay", log: Any
+) -> "tuple[NetworkConfig, int] | None":
+    """A changed configuration and the MTU it gives, if a running agent can take it over; else None, and why is said."""
+    from overlay.device import overlay_mtu
+    from subnet_lease.model import LIVE_SETTINGS, changed_settings
+
+    remedy = f"correct {options.etcd_prefix}/config; until then the network goes on as it was"
+    try:
+        new = _usable_config(options, value)
+        mtu = overlay_mtu(underlay.mtu, new.backend.mtu)
+    except (Refusal, ValueError) as error:
+        log.error("config_unusable", reason=str(error), remedy=remedy)
+        return None
+    changes = changed_settings(old, new)
+    fixed = {name: change for name, change in changes.items() if name not in LIVE_SETTINGS}
+    if fixed:
+        log.error(
+            "config_needs_restart",
+            changes=[f"{name}: {before} -> {after}" for name, (before, after) in fixed.items()],
+            remedy="restart all agents, or put the old value back; until then the network goes on as it was",
+        )
+        return None
+    log.info("config_changed", changes=[f"{name}: {before} -> {after}" for name, (before, after) in changes.items()])
+    _report_unused(new, log)
+    return new, mtu
+
+
+def _table_cache(
+    options: Options, config: "Callable[[], bytes]", keeper: "Keeper", reconciler: "Reconciler", log: Any
+) -> "CacheWriter":
+    """What keeps the last table on disk. `config` gives the network configuration in use."""
+    import queue
+
+    from overlay.reconciler import Survey
+    from subnet_lease.cache import FILE, Cached, CacheWriter
+    from subnet_lease.keeper import boot_clock
+    from subnet_lease.store import Snapshot
+
+    def mark() -> object:
+        state = reconciler.state
+        return (state.revision, keeper.ends_at, config()) if state.ready and keeper.ends_at else None
+
+    def collect() -> "tuple[Cached, list[tuple[str, Lease]]] | None":
+        answers: queue.SimpleQueue[tuple[list[tuple[str, Lease]], int, int]] = queue.SimpleQueue()
+        reconciler.post(Survey(lambda *answer: answers.put(answer)))
+        lease, ends_at, now = keeper.lease, keeper.ends_at, time.time()
+        try:
+            peers, revision, cluster = answers.get(timeout=STALLED)
+        except queue.Empty:
+            return None
+        if lease is None:
+            return None
+        until = None if lease.reserved else now + ends_at - boot_clock()
+        return Cached(config(), lease, until, Snapshot((), revision, cluster), now), peers
+
+    return CacheWriter(Path(options.state_dir) / FILE, mark, collect, log)
 
 
 def _own_attrs(
-    options: Options, config: "NetworkConfig", underlay: "Underlay", mtu: int, kernel: "Kernel"
+    options: Options, config: "NetworkConfig", underlay: "Underlay", facts: "Mapping[str, object]", kernel: "Kernel"
 ) -> "Callable[[Lease | None], LeaseAttrs]":
-    """What this host publishes, given its previous lease.
+    """What this host publishes, given its previous lease; `facts`, which may change, go into JSON keys of our own.
 
     A host keeps its MAC for life, from its lease, else from the device it has, else derived from its identity: flanneld
     does not follow a change in every case.
     """
     from overlay.device import derived_mac, device_name
-    from subnet_lease.model import LeaseAttrs, Vtep, format_address
+    from subnet_lease.model import LeaseAttrs, Vtep, format_address, is_device_mac
 
     vni = config.backend.vni
     public_ip = _public_ip(options) or underlay.address
     found = kernel.find_device(device_name(vni))
     derived = derived_mac(_machine_id(), format_address(public_ip), str(vni))
     initial = found.mac if found and found.kind == "vxlan" else derived
-    extra = {"MTU": mtu, "NodeName": options.node_name or os.uname().nodename, "AgentVersion": overlay.__version__}
+    who = {"NodeName": options.node_name or os.uname().nodename, "AgentVersion": overlay.__version__}
 
     def attrs_for(previous: "Lease | None") -> LeaseAttrs:
         known = previous.attrs.vtep if previous else None
+        if known is not None and not is_device_mac(known.mac):
+            known = None
+        extra = {**facts, **who}
         return LeaseAttrs(public_ip, config.backend.type, Vtep(vni, known.mac if known else initial), extra=extra)
 
     return attrs_for
@@ -509,6 +688,7 @@ def cleanup(options: Options, *, release: bool) -> int:
     from overlay import cleanup as work
     from overlay import logs, nft, preflight
     from overlay.kernel import Kernel, KernelRefused
+    from subnet_lease import cache
     from subnet_lease.keeper import release_lease
     from subnet_lease.model import format_address
     from subnet_lease.store import StoreError
@@ -526,7 +706,8 @@ def cleanup(options: Options, *, release: bool) -> int:
         public_ip = _public_ip(options)
         nothing = True
         try:
-            for removed in work.cleanup(kernel, options.subnet_file):
+            table = Path(options.state_dir) / cache.FILE if options.state_dir else None
+            for removed in work.cleanup(kernel, options.subnet_file, table):
                 nothing = False
                 print(f"removed {removed.what}")
                 public_ip = public_ip or removed.local
@@ -550,6 +731,69 @@ def cleanup(options: Options, *, release: bool) -> int:
         print(f"{lease.subnet} is reserved for {format_address(public_ip)} and stays so")
     else:
         print(f"released {lease.subnet}")
+    return 0
+
+
+# --- the cluster's leases ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _operators_store(options: EtcdOptions, failure: str) -> "Iterator[EtcdStore]":
+    """The store for one command of the operator; Refusal that begins with `failure` where it cannot do its work."""
+    from overlay import logs
+    from overlay.reservations import ReservationRefused
+    from subnet_lease.store import StoreError
+
+    logs.configure(options.log_level, options.log_format, os.environ)
+    with closing(_store(options)) as store:
+        try:
+            yield store
+        except (StoreError, ReservationRefused) as error:
+            raise Refusal(f"{failure}: {error}") from None
+
+
+def _present_config(options: EtcdOptions, store: "EtcdStore") -> "NetworkConfig":
+    """The network configuration as it stands; Refusal if there is none or it cannot be used."""
+    value = store.read_config()
+    if value is None:
+        raise Refusal(f"there is no key {options.etcd_prefix}/config in etcd; it is the operator who writes it")
+    return _usable_config(options, value)
+
+
+def leases(options: EtcdOptions, *, as_json: bool, ttl: bool) -> int:
+    """List the leases; `ttl` says whether to ask how long each still lasts."""
+    import shutil
+
+    from overlay import listing
+
+    with _operators_store(options, "the leases cannot be listed") as store:
+        network = _present_config(options, store)
+        snapshot = store.snapshot()
+        rows = listing.rows_of(network, snapshot)
+        ttls = listing.times_left(store, rows) if ttl else None
+    if as_json:
+        print(listing.as_json(network.block, snapshot.revision, rows, ttls or {}))
+    else:
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+        print(listing.as_text(network.block, rows, ttls, columns))
+    return 0
+
+
+def reserve(options: EtcdOptions, subnet: "Prefix", public_ip: bytes) -> int:
+    """Reserve `subnet` for the host of `public_ip`."""
+    from overlay import reservations
+
+    with _operators_store(options, f"{subnet} is not reserved") as store:
+        print(reservations.reserve(store, _present_config(options, store), subnet, public_ip))
+    return 0
+
+
+def unreserve(options: EtcdOptions, subnet: "Prefix") -> int:
+    """Take the reservation of `subnet` back."""
+    from overlay import reservations
+
+    with _operators_store(options, f"the reservation of {subnet} stays as it was") as store:
+        print(reservations.unreserve(store, subnet))
     return 0
 
 

@@ -22,7 +22,7 @@ class Removed:
     local: bytes = b""
 
 
-def cleanup(kernel: Kernel, subnet_path: str) -> Iterator[Removed]:
+def cleanup(kernel: Kernel, subnet_path: str, cache_path: Path | None = None) -> Iterator[Removed]:
     """Remove it all, yielding each thing once it is gone. Raises KernelRefused or NftFailed where that fails."""
     previous = subnet_file.read(subnet_path)
     for device in kernel.own_devices():
@@ -38,3 +38,6 @@ def cleanup(kernel: Kernel, subnet_path: str) -> Iterator[Removed]:
     if nft.has_table(firewall.TABLE):
         nft.apply(firewall.removal())
         yield Removed(f"nftables table {firewall.TABLE}")
+    if cache_path is not None and cache_path.exists():
+        cache_path.unlink()
+        yield Removed(str(cache_path))

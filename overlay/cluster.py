@@ -104,6 +104,7 @@ class Host(Place):
         self.mac = f"02:00:{ipaddress.IPv4Address(self.underlay_ip).packed.hex(':')}"
         self.pods = [Pod(self, each + 1) for each in range(pods)]
         self.subnet_file = lab.state / f"{self.name}.env"
+        self.state_dir = lab.state / f"{self.name}.state"
         self._notify_path = lab.state / f"{self.name}.notify"
         self._notify: socket.socket | None = None
 
@@ -127,6 +128,7 @@ class Host(Place):
             *("--etcd-endpoints", ETCD_ENDPOINT),
             *("--iface", "eth0"),
             *("--subnet-file", str(self.subnet_file)),
+            *("--state-dir", str(self.state_dir)),
             *("--healthz-port", "0"),
             *self.lab.agent_options,
             *options,

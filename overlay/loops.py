@@ -14,6 +14,7 @@ from collections.abc import Callable
 import structlog
 
 END_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT))
+RELOAD_SIGNAL = signal.SIGHUP
 
 
 class Terminated(Exception):
@@ -35,7 +36,8 @@ class Loops:
 
     def __enter__(self) -> "Loops":
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
-        self._handlers = {number: signal.signal(number, lambda *_: None) for number in END_SIGNALS}
+        awaited = END_SIGNALS | {RELOAD_SIGNAL}
+        self._handlers = {number: signal.signal(number, lambda *_: None) for number in awaited}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -81,9 +83,14 @@ class Loops:
         except BlockingIOError:
             pass  # The pipe is full of reasons to wake up already.
 
-    def pause(self, seconds: float | None) -> None:
-        """Wait, for `wake` or for `seconds`. Terminated if a signal has come, LoopFailed if a loop has failed."""
-        if select.select([self._awaited], [], [], seconds)[0] and set(os.read(self._awaited, 4096)) & END_SIGNALS:
+    def pause(self, seconds: float | None) -> bool:
+        """Wait, for a signal, for `wake` or for `seconds`; whether a signal asked to look at everything again.
+
+        Terminated if one asked to end, LoopFailed if a loop has failed.
+        """
+        reasons = set(os.read(self._awaited, 4096)) if select.select([self._awaited], [], [], seconds)[0] else set()
+        if reasons & END_SIGNALS:
             raise Terminated
         if self.failed:
             raise LoopFailed(self.failed)
+        return RELOAD_SIGNAL in reasons

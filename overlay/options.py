@@ -314,6 +314,15 @@ class Options(HostOptions):
             "leases", FILE, "File for the container runtime, with the subnet, the MTU and whether to masquerade."
         ),
     ] = "/run/flannel/subnet.env"
+    state_dir: Annotated[
+        str,
+        Declaration(
+            "leases",
+            FILE,
+            "Directory for the last table of peers, from which a host comes up that boots while etcd is away.",
+            flannel=False,
+        ),
+    ] = "/var/lib/overlay-agent"
     subnet_lease_ttl: Annotated[
         int, Declaration("leases", SECONDS, "How long the lease of the subnet outlives the agent.", flannel=False)
     ] = 86400

@@ -29,11 +29,18 @@ RETRY = 0.1
 RETRY_MOST = 10.0
 """Seconds until refused entries are tried again: doubled from the first to the second."""
 
+LINGER = 60.0
+"""Seconds for which peers are kept that a store does not have any more since it was restored or replaced: longer than
+their agents take to notice it and to write their leases again."""
+
 HEARTBEAT = 5.0
 """Seconds after which a pass runs although nothing happened, as a sign of life."""
 
 SHOWN = 4
-"""How many drifted or refused entries one log line names."""
+"""How many drifted or refused entries, or rejected leases, one log line names."""
+
+SHOWN_KEY = 64
+"""How much of a key that may be anybody's is shown."""
 
 
 class Dataplane(Protocol):
@@ -55,7 +62,14 @@ class Stop:
     """A fact: end the loop, leave the dataplane as it is."""
 
 
-Fact = Snapshot | Changes | Lease | Stop
+@dataclass(frozen=True, slots=True)
+class Survey:
+    """A fact: somebody wants to know the accepted leases, by key, with the table's revision and cluster."""
+
+    answer: Callable[[list[tuple[str, Lease]], int, int], None]
+
+
+Fact = Snapshot | Changes | Lease | NetworkConfig | Survey | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +122,7 @@ class Reconciler:
         self._doubt = True
         """Whether the device or the entries may differ from what we believe, in ways only a dump shows."""
         self._retry = 0.0
+        self._let_go_at: float | None = None
         self._drift = 0
         self.state = State()
 
@@ -163,10 +178,31 @@ class Reconciler:
                     self._want(changed)
                     self._want([owner for owner in self._tracker.owners if self._table.accepted(owner) is None])
                     self._complete = True
+                    self._wait_for_lingering()
                 case Changes() as changes:
                     if self._complete:
                         self._want(self._table.apply(changes))
+                case NetworkConfig() as config:
+                    # Of the same network and device: what else the operator may change does not concern the table.
+                    self._config = config
+                    self._spec = device_spec(config, self._lease, self._underlay)
+                    self._doubt, self._announced = True, False
+                case Survey() as survey:
+                    survey.answer(list(self._table.peers()), self._table.revision, self._table.cluster_id)
         return True
+
+    def _wait_for_lingering(self) -> None:
+        if self._table.lingering and self._let_go_at is None:
+            self._let_go_at = self._clock() + LINGER
+            self._log.warning(
+                "store_went_back", peers_kept=self._table.lingering, effect=f"kept for {LINGER:g} s unless they return"
+            )
+
+    def _let_go(self) -> None:
+        """Withdraw the peers that were kept and did not return, when it is time."""
+        if self._let_go_at is not None and (not self._table.lingering or self._clock() >= self._let_go_at):
+            self._let_go_at = None
+            self._want(self._table.let_go())
 
     def _want(self, keys: Iterable[str]) -> None:
         """Work out anew what these leases call for. As long as there is no device it is nothing: see `_look_again`."""
@@ -176,6 +212,7 @@ class Reconciler:
 
     def _pass(self) -> None:
         started = self._clock()
+        self._let_go()
         seen = self._kernel.observe()
         drifts = self._tracker.saw(seen.sights)
         if seen.lost:
@@ -248,6 +285,9 @@ class Reconciler:
 
     def _publish(self, trouble: str) -> None:
         tracker = self._tracker
+        if self._table.rejected_count > self.state.rejected:
+            reasons = [f"{key[:SHOWN_KEY]}: {reason}" for key, reason in self._table.some_rejected(SHOWN)]
+            self._log.warning("leases_rejected", rejected=self._table.rejected_count, reasons=reasons)
         self.state = State(
             ready=self._announced and not trouble,
             beat=self._clock(),

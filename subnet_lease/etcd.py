@@ -17,14 +17,12 @@ Errors are told apart by status code, never by text; the text of grpc goes to th
 
 import contextlib
 import importlib
-import os
 import queue
-import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -44,9 +42,13 @@ from subnet_lease.store import (
     StoreUnavailable,
     WatchInterrupted,
 )
+from subnet_lease.tls import TlsFiles
 
 PAGE = 1000
 """Keys per read: some 200 kB, where 18,700 leases in one answer would break grpc's default of 4 MiB."""
+
+DIAGNOSIS_S = 30.0
+"""For how long what was found to be wrong with TLS is taken to be so still."""
 
 PAGE_ATTEMPTS = 4
 """How often a page after the first is asked for before the whole read fails."""
@@ -91,7 +93,7 @@ class EtcdStore:
         `endpoints`: `http://host:port`, `https://host:port`, `host:port` (plaintext) or `unix:///path`.
         """
         self._endpoints = _endpoints(endpoints)
-        self._files = _TlsFiles(cafile, certfile, keyfile)
+        self._files = TlsFiles(cafile, certfile, keyfile)
         secure = self._endpoints[0].startswith("https:")
         if any(endpoint.startswith("https:") != secure for endpoint in self._endpoints):
             raise StoreConfigInvalid("endpoints", "either all or none must be https")
@@ -115,6 +117,7 @@ class EtcdStore:
         self._lock = threading.Lock()
         self._turn = 0
         self._connection: _Connection | None = None
+        self._diagnosis: tuple[float, object, str | None] = 0.0, None, None
         self._closed = False
 
     # --- the Store protocol ---
@@ -154,8 +157,8 @@ class EtcdStore:
                 return self._call(lambda c: c.kv.Range, request, self._subnets)
         return self._call(lambda c: c.kv.Range, request, self._subnets)
 
-    def watch(self, revision: int, cluster_id: int = 0) -> "EtcdWatch":
-        return EtcdWatch(self, revision, cluster_id)
+    def watch(self, revision: int, cluster_id: int = 0, witness: Record | None = None) -> "EtcdWatch":
+        return EtcdWatch(self, revision, cluster_id, witness)
 
     def grant(self, ttl: int) -> int:
         answer = self._call(lambda c: c.lease.LeaseGrant, rpc.LeaseGrantRequest(TTL=ttl), b"")
@@ -202,9 +205,17 @@ class EtcdStore:
     def _short(self, kv: Any) -> str:
         return str(kv.key[len(self._subnets) :], "utf-8", "surrogateescape")
 
-    def _head(self) -> int:
-        """The cluster's current revision, from its leader."""
-        return int(self._call(lambda c: c.kv.Range, rpc.RangeRequest(key=self._subnets), self._subnets).header.revision)
+    def _has(self, revision: int, witness: Record | None) -> bool:
+        """Whether the cluster, asked through its leader, has this revision, with the witness as it is known.
+
+        It has not what is compacted or yet to come. A store that was restored and has grown since has it with others.
+        """
+        key = self._full(witness.key) if witness else self._subnets
+        try:
+            answer = self._call(lambda c: c.kv.Range, rpc.RangeRequest(key=key, revision=revision), self._subnets)
+        except _NoSuchRevision:
+            return False
+        return witness is None or [self._record(kv)[2:] for kv in answer.kvs] == [witness[2:]]
 
     def _put_if_changed_at(self, key: str, value: bytes, etcd_lease: int, mod_revision: int) -> int:
         full = self._full(key)
@@ -232,7 +243,7 @@ class EtcdStore:
                 connection,
                 lambda metadata: self._send(connection, method(connection), request, key, metadata),
             )
-        except _LeaseGone:
+        except (_LeaseGone, _NoSuchRevision):
             raise
         except StoreUnavailable:
             self._leave(connection)
@@ -279,12 +290,9 @@ class EtcdStore:
         code, endpoint = error.code(), connection.endpoint
         log.debug("etcd_call_failed", endpoint=endpoint, code=code.name, details=error.details())
         match code:
-            case grpc.StatusCode.UNAVAILABLE if self._secure:
-                return StoreUnavailable(
-                    f"no connection to {endpoint}, no leader in its cluster, or certificates that do not match"
-                )
             case grpc.StatusCode.UNAVAILABLE:
-                return StoreUnavailable(f"no connection to {endpoint}, or no leader in its cluster")
+                reason = self._tls_trouble(connection) if self._secure else None
+                return StoreUnavailable(reason or f"no connection to {endpoint}, or no leader in its cluster")
             case grpc.StatusCode.DEADLINE_EXCEEDED:
                 return StoreUnavailable(f"no answer from {endpoint} within {self._timeout:g} s")
             case grpc.StatusCode.PERMISSION_DENIED:
@@ -298,7 +306,7 @@ class EtcdStore:
             case grpc.StatusCode.RESOURCE_EXHAUSTED:
                 return StoreUnavailable(f"etcd at {endpoint} is overloaded or its database is full")
             case grpc.StatusCode.OUT_OF_RANGE:
-                return StoreUnavailable(
+                return _NoSuchRevision(
                     f"etcd at {endpoint} does not have the revision that was being read, or no longer"
                 )
             case grpc.StatusCode.NOT_FOUND:
@@ -307,6 +315,15 @@ class EtcdStore:
                 return StoreUnavailable(f"the connection to {endpoint} was given up")
             case _:
                 return StoreUnavailable(f"etcd at {endpoint} answered with status {code.name}")
+
+    def _tls_trouble(self, connection: "_Connection") -> str | None:
+        """What TLS has against this endpoint. Asked once in a while: an outage brings the same failure many times."""
+        now, which = time.monotonic(), (connection.endpoint, connection.stamps)
+        asked_at, about, reason = self._diagnosis
+        if about != which or now - asked_at > DIAGNOSIS_S:
+            reason = self._files.trouble(connection.endpoint)
+            self._diagnosis = now, which, reason
+        return reason
 
     # --- connections ---
 
@@ -337,10 +354,11 @@ class EtcdStore:
 class EtcdWatch:
     """`subnet_lease.store.Watch` on a stream of its own. To be iterated once."""
 
-    def __init__(self, store: EtcdStore, revision: int, cluster_id: int) -> None:
+    def __init__(self, store: EtcdStore, revision: int, cluster_id: int, witness: Record | None) -> None:
         self._store = store
         self._revision = revision
         self._cluster_id = cluster_id
+        self._witness = witness
         self._lock = threading.Lock()
         self._cancelled = False
         self._late = threading.Event()
@@ -405,9 +423,12 @@ class EtcdWatch:
         if response.watch_id == -1 or (response.created and response.canceled and not response.compact_revision):
             raise _NotLoggedIn(f"etcd denied permission to watch {store._subnets.decode()}")
         changes = self._changes(response)
-        if changes.revision < self._revision - 1 and store._head() < self._revision - 1:
-            # A follower may lag behind the snapshot; only the cluster itself says that it has gone back.
-            raise WatchInterrupted(f"etcd went back to revision {changes.revision}; restored from a backup?")
+        if not store._has(self._revision - 1, self._witness):
+            # Restored, or compacted up to where the watch begins: etcd before 3.4.34 and 3.5.16 then says nothing and
+            # leaves out what was deleted at that very revision.
+            raise WatchInterrupted(
+                f"etcd does not have revision {self._revision - 1} as it was: restored, or compacted"
+            )
         return changes
 
     def _request(self) -> Any:
@@ -461,6 +482,10 @@ class _LeaseGone(StoreUnavailable):
     """The etcd lease named in a request does not exist."""
 
 
+class _NoSuchRevision(StoreUnavailable):
+    """A revision was asked for that is compacted or has not been yet."""
+
+
 class _NotLoggedIn(StoreDenied):
     """Denied in a way that a new login may mend."""
 
@@ -496,7 +521,7 @@ class _Connection:
     auth: Any
 
     @classmethod
-    def open(cls, endpoint: str, files: "_TlsFiles | None") -> "_Connection":
+    def open(cls, endpoint: str, files: "TlsFiles | None") -> "_Connection":
         """Makes no connection yet; StoreUnavailable while TLS files are missing or do not fit together."""
         # dns: resolves host names each time it connects and takes plain addresses as they are.
         target = endpoint if endpoint.startswith("unix:") else f"dns:///{urlsplit(endpoint).netloc}"
@@ -505,75 +530,13 @@ class _Connection:
             channel = grpc.insecure_channel(target, options=CHANNEL_OPTIONS)
         else:
             stamps = files.stamps()
-            channel = grpc.secure_channel(target, files.credentials(), options=CHANNEL_OPTIONS)
+            contents = files.contents()
+            credentials = grpc.ssl_channel_credentials(
+                contents["cafile"], private_key=contents.get("keyfile"), certificate_chain=contents.get("certfile")
+            )
+            channel = grpc.secure_channel(target, credentials, options=CHANNEL_OPTIONS)
         stubs = rpc.KVStub(channel), rpc.LeaseStub(channel), rpc.WatchStub(channel), rpc.AuthStub(channel)
         return cls(endpoint, channel, stamps, *stubs)
-
-
-@dataclass(frozen=True, slots=True)
-class _TlsFiles:
-    """PEM files: the CA that etcd's certificate is verified with; optionally our own certificate and its key."""
-
-    cafile: str | None
-    certfile: str | None
-    keyfile: str | None
-
-    def _given(self) -> list[tuple[str, str]]:
-        named = (("cafile", self.cafile), ("certfile", self.certfile), ("keyfile", self.keyfile))
-        return [(option, path) for option, path in named if path is not None]
-
-    def first_given(self) -> str | None:
-        return next((option for option, _ in self._given()), None)
-
-    def check(self) -> None:
-        """StoreConfigInvalid names the file that cannot be used."""
-        if self.cafile is None:
-            raise StoreConfigInvalid("cafile", "missing; https endpoints need the CA that signed etcd's certificate")
-        if self.certfile is None and self.keyfile is not None:
-            raise StoreConfigInvalid("certfile", "missing, though a key is given")
-        if self.keyfile is None and self.certfile is not None:
-            raise StoreConfigInvalid("keyfile", "missing, though a certificate is given")
-        for option, path in self._given():
-            try:
-                Path(path).read_bytes()
-            except OSError as error:
-                raise StoreConfigInvalid(option, f"cannot read {path}: {os.strerror(error.errno or 0)}") from None
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-        try:
-            context.load_verify_locations(self.cafile)
-        except (OSError, ValueError):
-            raise StoreConfigInvalid("cafile", f"{self.cafile} holds no certificate") from None
-        if self.certfile is not None:
-            try:
-                # The empty password keeps OpenSSL from asking for one on the terminal.
-                context.load_cert_chain(self.certfile, self.keyfile, password=b"")
-            except (OSError, ValueError):
-                reason = f"{self.certfile} and {self.keyfile} are not a certificate and its unencrypted key"
-                raise StoreConfigInvalid("certfile", reason) from None
-
-    def stamps(self) -> tuple[object, ...]:
-        """Changes when a file is replaced or rewritten."""
-        stamps: list[object] = []
-        for _, path in self._given():
-            try:
-                found = Path(path).stat()
-                stamps.append((found.st_ino, found.st_size, found.st_mtime_ns))
-            except OSError:
-                stamps.append(None)
-        return tuple(stamps)
-
-    def credentials(self) -> grpc.ChannelCredentials:
-        """Read the files; StoreUnavailable while they are being changed."""
-        try:
-            self.check()
-            contents = {option: Path(path).read_bytes() for option, path in self._given()}
-        except StoreConfigInvalid as error:
-            raise StoreUnavailable(str(error)) from None
-        except OSError:
-            raise StoreUnavailable("the TLS files are being changed") from None
-        return grpc.ssl_channel_credentials(
-            contents["cafile"], private_key=contents.get("keyfile"), certificate_chain=contents.get("certfile")
-        )
 
 
 def _endpoints(given: Sequence[str]) -> tuple[str, ...]:

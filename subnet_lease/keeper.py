@@ -65,8 +65,9 @@ class Keeper:
     `attrs_for` gives what to publish, from the lease held before (its MAC is to be kept) or None. `ttl` is what a new
     etcd lease is granted, in seconds; it is renewed `renew_margin` seconds before its end, by chance up to half as many
     earlier, or after half of its time if that is later. `preferred` is the subnet to take if it is free; none that
-    overlaps a block in `avoid` is taken. `on_lease` is called by `run` with each lease that differs from the last:
-    another subnet, another etcd lease, or a value that had to be written.
+    overlaps a block in `avoid` is taken. `assumed` is a lease known from earlier, held until the store says more.
+    `on_lease` is called by `run` with each lease that differs from the last: another subnet, another etcd lease, or a
+    value that had to be written.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Keeper:
         on_lease: Callable[[Lease], None],
         preferred: Prefix | None = None,
         avoid: Collection[Prefix] = (),
+        assumed: Lease | None = None,
         clock: Callable[[], float] = boot_clock,
         pick: Callable[[int], int] = random.randrange,
         jitter: Callable[[], float] = random.random,
@@ -104,9 +106,10 @@ class Keeper:
         self._exhausted = Outage()
         self._stopped = threading.Event()
         self._wake = threading.Event()
-        self._lease: Lease | None = None
-        self._former: Lease | None = None
-        self._renew_at = 0.0
+        if assumed is not None:
+            self._wake.set()
+        self._lease = self._former = assumed
+        self._renew_at = self._ends_at = 0.0
         self._loose_grant = 0
         self._seen: Snapshot | None = None
 
@@ -119,6 +122,11 @@ class Keeper:
     def lease(self) -> Lease | None:
         """The lease held, as far as is known."""
         return self._lease
+
+    @property
+    def ends_at(self) -> float:
+        """When the lease ends if it is not renewed, on `clock`; infinite for a reservation, 0 while it is assumed."""
+        return self._ends_at
 
     def acquire(self) -> Lease | None:
         """Find or take the host's lease; waits until there is one. None if stopped before."""
@@ -166,15 +174,21 @@ class Keeper:
         if lease is None:
             return
         key = subnet_key(lease.subnet, lease.subnet6)
-        if fact.revision < lease.mod_revision:
-            return
         if isinstance(fact, Changes):
             touched = any(event.key == key and event.mod_revision > lease.mod_revision for event in fact.events)
         else:
+            # In another cluster or a restored one the same revision may be another host's put; its etcd lease differs.
+            # To look once too often writes nothing.
             own = next((record for record in fact.records if record.key == key), None)
-            touched = own is None or own.mod_revision != lease.mod_revision
+            ours = lease.etcd_lease, lease.create_revision, lease.mod_revision
+            touched = own is None or (own.etcd_lease, own.create_revision, own.mod_revision) != ours
         if touched:
             self.check()
+
+    def use(self, config: NetworkConfig) -> None:
+        """Take subnets by `config` from now on, and publish anew what `attrs_for` says. From any thread."""
+        self._config = config
+        self.check()
 
     def stop(self) -> None:
         """End `acquire` and `run`; at once while they wait, within a call's deadline otherwise. The lease stays."""
@@ -191,7 +205,8 @@ class Keeper:
         record, lease = self._own(records)
         self._note_loss(lease)
         self._settle_grant(lease)
-        attrs = self._attrs_for(lease or self._former)
+        # What we held says more than what stands there now, which anybody may have written.
+        attrs = self._attrs_for(self._former or lease)
         value = encode_attrs(attrs)
         if record is None or lease is None:
             return self._take(records, attrs, value)
@@ -246,7 +261,14 @@ class Keeper:
         self._reached()
         before, self._lease = self._lease, lease
         self._former = lease
-        self._preferred = lease.subnet
+        wanted, self._preferred = self._preferred, lease.subnet
+        if wanted is not None and wanted != lease.subnet:
+            self._log.warning(
+                "subnet_changed",
+                before=str(wanted),
+                now=str(lease.subnet),
+                effect="pods keep addresses nobody routes to",
+            )
         self._schedule(lease, asked_at, seconds)
         if before is None or before.subnet != lease.subnet or before.etcd_lease != lease.etcd_lease:
             self._log.info("lease_acquired", subnet=str(lease.subnet), reserved=lease.reserved)
@@ -265,7 +287,8 @@ class Keeper:
     def _schedule(self, lease: Lease, asked_at: float, seconds: int) -> None:
         # Earlier by chance, so that hosts that started together do not renew together for ever after.
         margin = min(self._renew_margin * (1 + self._jitter() / 2), seconds / 2)
-        self._renew_at = float("inf") if lease.reserved else asked_at + seconds - margin
+        self._ends_at = float("inf") if lease.reserved else asked_at + seconds
+        self._renew_at = self._ends_at - margin
 
     def _renew(self, lease: Lease) -> None:
         asked_at = self._clock()
@@ -287,8 +310,8 @@ class Keeper:
     # --- what the operator hears ---
 
     def _missed(self, error: StoreError) -> None:
-        if self._outage.failed(self._clock()):
-            event = "store_denied" if isinstance(error, StoreDenied) else "store_unreachable"
+        event = "store_denied" if isinstance(error, StoreDenied) else "store_unreachable"
+        if self._outage.failed(self._clock(), event):
             self._log.warning(event, reason=str(error))
 
     def _reached(self) -> None:

@@ -81,6 +81,11 @@ def format_mac(packed: bytes) -> str:
     return packed.hex(":")
 
 
+def is_device_mac(mac: bytes) -> bool:
+    """Whether a device can have it: not a group's, not all zero."""
+    return not mac[0] & 1 and any(mac)
+
+
 class Prefix(NamedTuple):
     """A block of addresses: packed base address (4 or 16 bytes, host bits zero) and prefix length in bits."""
 
@@ -232,6 +237,37 @@ class NetworkConfig:
         if self.network is None:
             raise ConfigInvalid("Network", "missing")
         return self.network
+
+
+LIVE_SETTINGS = frozenset({"SubnetMin", "SubnetMax", "Backend.DirectRouting", "Backend.MTU"})
+"""JSON keys whose change running agents take over. All else is what the leases and devices of the cluster rest upon."""
+
+
+def changed_settings(old: NetworkConfig, new: NetworkConfig) -> dict[str, tuple[str, str]]:
+    """JSON keys of which two configurations differ, each with the old and the new value as text."""
+
+    def settings(config: NetworkConfig) -> dict[str, str]:
+        backend = config.backend
+        return {
+            "Network": str(config.network),
+            "SubnetLen": str(config.subnet_len),
+            "SubnetMin": format_address(config.subnet_min) if config.subnet_min else "",
+            "SubnetMax": format_address(config.subnet_max) if config.subnet_max else "",
+            "EnableIPv4": str(config.enable_ipv4),
+            "EnableIPv6": str(config.enable_ipv6),
+            "IPv6Network": str(config.ipv6_network),
+            "IPv6SubnetLen": str(config.ipv6_subnet_len),
+            "Backend.Type": backend.type,
+            "Backend.VNI": str(backend.vni),
+            "Backend.Port": str(backend.port),
+            "Backend.GBP": str(backend.gbp),
+            "Backend.Learning": str(backend.learning),
+            "Backend.DirectRouting": str(backend.direct_routing),
+            "Backend.MTU": str(backend.mtu),
+        }
+
+    before, after = settings(old), settings(new)
+    return {name: (before[name], after[name]) for name in before if before[name] != after[name]}
 
 
 class _Fields:

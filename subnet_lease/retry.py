@@ -37,14 +37,15 @@ class Outage:
     def __init__(self) -> None:
         self._since: float | None = None
         self._said = 0.0
+        self._kind = ""
 
-    def failed(self, now: float) -> bool:
-        """Note a failure; whether to mention it: the first, and then one every REPEAT_S."""
+    def failed(self, now: float, kind: str = "") -> bool:
+        """Note a failure; whether to mention it: the first, the first of another kind, and then one every REPEAT_S."""
         if self._since is None:
             self._since = now
-        elif now < self._said + REPEAT_S:
+        elif kind == self._kind and now < self._said + REPEAT_S:
             return False
-        self._said = now
+        self._said, self._kind = now, kind
         return True
 
     def ended(self, now: float) -> float | None:

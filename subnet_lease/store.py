@@ -117,11 +117,12 @@ class Store(Protocol):
         """All records at one revision."""
         ...
 
-    def watch(self, revision: int, cluster_id: int = 0) -> Watch:
+    def watch(self, revision: int, cluster_id: int = 0, witness: Record | None = None) -> Watch:
         """Changes from `revision` on, that one included. Nothing is sent before the first iteration.
 
         It is interrupted, and not resumable, where changes since `revision` are no longer kept, where the store has
-        gone back behind it (a restored backup), and where a cluster other than `cluster_id`, if given, answers.
+        gone back behind it (a restored backup), where a cluster other than `cluster_id`, if given, answers, and where
+        `witness`, a record known to stand just before `revision`, does not.
         """
         ...
 

@@ -14,6 +14,8 @@ Costs are in proportion to what changed. Nothing here reads a clock or a store.
 
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from itertools import chain, islice
+from typing import NamedTuple
 
 from subnet_lease.claims import Age, Claims
 from subnet_lease.model import (
@@ -24,6 +26,7 @@ from subnet_lease.model import (
     decode_attrs,
     format_address,
     format_mac,
+    is_device_mac,
     parse_subnet_key,
 )
 from subnet_lease.store import Changes, Deleted, Record, Snapshot
@@ -37,6 +40,16 @@ UNROUTABLE = frozenset({0, 127, *range(224, 256)})
 """First bytes of addresses where no VTEP can be: "this" network, loopback, multicast, reserved (RFC 6890)."""
 
 
+YOUNGEST = 1 << 63
+"""A create revision beyond any of etcd's."""
+
+
+class _Lingers(NamedTuple):
+    """The store does not have the key any more, which is no proof that its host has left."""
+
+    key: str
+
+
 @dataclass(frozen=True, slots=True)
 class Host:
     """What this host must protect: its own lease's key, subnet, underlay address, and blocks that its links occupy."""
@@ -46,6 +59,10 @@ class Host:
     public_ip: bytes
     mac: bytes
     links: tuple[Prefix, ...] = ()
+
+
+NOBODY = Host("\ud800", Prefix(b"", 0), b"", b"")
+"""A host in nobody's way, for a table of what every agent rejects: no key decodes to its key, no address equals its."""
 
 
 class LeaseTable:
@@ -60,10 +77,11 @@ class LeaseTable:
         self._valid: dict[str, Lease] = {}
         self._invalid: dict[str, str] = {}
         self._contested: set[str] = set()
+        self._lingering: set[str] = set()
         self._claims = Claims()
         self._odd: dict[Prefix, set[Prefix]] = {}
         """Block of SubnetLen -> the claimed subnets of any other length that lie in it or around it."""
-        self._cluster_id = 0
+        self.cluster_id = 0
         self.revision = 0
 
     # --- facts in, changed keys out ---
@@ -73,30 +91,54 @@ class LeaseTable:
 
         They come in the order of the records: what is made of them then lies side by side in memory, as they do.
         """
-        present = {record.key for record in snapshot.records}
-        gone = [Deleted(key, snapshot.revision) for key in (self._valid.keys() | self._invalid.keys()) - present]
         # In another cluster, or a restored one, the same revision may stand for another value.
-        continuous = snapshot.cluster_id == self._cluster_id and snapshot.revision >= self.revision
-        self._cluster_id = snapshot.cluster_id
-        return self._apply([*gone, *snapshot.records], snapshot.revision, continuous)
+        continuous = snapshot.cluster_id == self.cluster_id and snapshot.revision >= self.revision
+        self.cluster_id = snapshot.cluster_id
+        missing = (self._valid.keys() | self._invalid.keys()) - {record.key for record in snapshot.records}
+        if not continuous:
+            self._lingering |= {key for key in missing if self.accepted(key) is not None}
+        absent: list[Deleted | _Lingers] = [
+            _Lingers(key) if key in self._lingering else Deleted(key, snapshot.revision) for key in missing
+        ]
+        return self._apply([*absent, *snapshot.records], snapshot.revision, continuous)
 
     def apply(self, changes: Changes) -> Set[str]:
         """Take over changes in the store's order. Returns as `replace` does."""
         return self._apply(changes.events, changes.revision)
 
-    def _apply(self, events: Iterable[Record | Deleted], revision: int, continuous: bool = True) -> Set[str]:
+    def let_go(self) -> Set[str]:
+        """Give up the leases that linger. Returns as `replace` does."""
+        return self._apply([Deleted(key, self.revision) for key in self._lingering], self.revision)
+
+    @property
+    def lingering(self) -> int:
+        """How many leases are accepted that the store does not have since it went back or was replaced.
+
+        Their hosts may be about to write them again, and until it is known that they are not, nothing is withdrawn: see
+        `let_go`. Whoever else has a claim to the same is heard first, for no age compares between two stores.
+        """
+        return len(self._lingering)
+
+    def _apply(
+        self, events: "Iterable[Record | Deleted | _Lingers]", revision: int, continuous: bool = True
+    ) -> Set[str]:
         before: dict[str, Lease | None] = {}
         doubtful: set[str] = set()
         touched: dict[Claim, Age | None] = {}
         for event in events:
             key = event.key
             old = self._valid.get(key)
-            if continuous and old is not None and isinstance(event, Record) and old.mod_revision == event.mod_revision:
+            if continuous and old is not None and isinstance(event, Record) and _same_put(old, event):
                 continue
             before.setdefault(key, self.accepted(key))
             if old is not None or key in self._invalid:
                 self._remove(key, touched)
-            if isinstance(event, Record) and key != self._host.key and self._add(event, touched):
+            if isinstance(event, _Lingers):
+                assert old is not None, "it was accepted"
+                self._lingering.add(key)
+                if self._insert(key, old._replace(create_revision=YOUNGEST), touched):
+                    doubtful.add(key)
+            elif isinstance(event, Record) and key != self._host.key and self._add(event, touched):
                 doubtful.add(key)
         for claim, eldest in touched.items():
             if self._claims.eldest(claim) != eldest:
@@ -110,6 +152,7 @@ class LeaseTable:
     def _remove(self, key: str, touched: dict[Claim, Age | None]) -> None:
         self._invalid.pop(key, None)
         self._contested.discard(key)
+        self._lingering.discard(key)
         lease = self._valid.pop(key, None)
         if lease is None:
             return
@@ -123,14 +166,18 @@ class LeaseTable:
                     del self._odd[block]
 
     def _add(self, record: Record, touched: dict[Claim, Age | None]) -> bool:
-        """Whether somebody else may have a claim to the same, so that elders must be asked."""
+        """As `_insert`, of what is yet to be decoded."""
         try:
             lease = self._decode(record)
         except LeaseInvalid as reason:
             self._invalid[record.key] = str(reason)
             return False
-        self._valid[record.key] = lease
-        age = lease.create_revision, record.key
+        return self._insert(record.key, lease, touched)
+
+    def _insert(self, key: str, lease: Lease, touched: dict[Claim, Age | None]) -> bool:
+        """Whether somebody else may have a claim to the same, so that elders must be asked."""
+        self._valid[key] = lease
+        age = lease.create_revision, key
         subnet = lease.subnet
         contested = False
         for claim in _claims_of(lease):
@@ -173,7 +220,7 @@ class LeaseTable:
         if attrs.vtep.vni != config.backend.vni:
             return f"the VNI is {attrs.vtep.vni}, the network's is {config.backend.vni}"
         mac = attrs.vtep.mac
-        if mac[0] & 1 or not any(mac):
+        if not is_device_mac(mac):
             return f"VtepMAC {format_mac(mac)} is not the address of one device"
         if mac == host.mac:
             return f"VtepMAC {format_mac(mac)} is this host's own"
@@ -271,6 +318,11 @@ class LeaseTable:
         """Reasons by key, of what cannot be read or used and of what lost a contest."""
         return self._invalid | {key: self._contest(key) for key in self._contested}
 
+    def some_rejected(self, most: int) -> list[tuple[str, str]]:
+        """Up to `most` of them, without working out the reasons of all."""
+        keys = islice(chain(self._invalid, self._contested), most)
+        return [(key, self._invalid[key] if key in self._invalid else self._contest(key)) for key in keys]
+
     @property
     def rejected_count(self) -> int:
         """How many there are, without listing them."""
@@ -281,3 +333,16 @@ def _claims_of(lease: Lease) -> tuple[bytes, bytes, Prefix]:
     """What a valid lease lays claim to: MAC, underlay address, subnet. Claims of two kinds never compare equal."""
     assert lease.attrs.vtep is not None, "a lease without one is not valid"
     return lease.attrs.vtep.mac, lease.attrs.public_ip, lease.subnet
+
+
+def _same_put(lease: Lease, record: Record) -> bool:
+    """Whether the record is as it was when `lease` was decoded from it.
+
+    After a restored backup another put may bear the same revision; that it also hangs on the same etcd lease, whose id
+    is drawn at random, takes more than chance.
+    """
+    return (lease.mod_revision, lease.create_revision, lease.etcd_lease) == (
+        record.mod_revision,
+        record.create_revision,
+        record.etcd_lease,
+    )

@@ -4,7 +4,8 @@ Relies on the watch to end rather than to lose a change (etcd's guarantee), and 
 merely breaks and returns, the watch goes on after the last event, so that a restarted etcd is not asked by every host
 for everything at once. After compaction, in another cluster, or in one that went back to a backup, a snapshot is taken;
 what was deleted meanwhile shows only in its difference. A cluster that was restored and has since grown beyond the
-revision seen here cannot be told from a sound one: for that, a snapshot is taken every few hours too.
+revision seen here is told by a witness, the latest record seen, which stands otherwise in such a one. Should all of
+that fail, there is a snapshot every few hours too.
 """
 
 import random
@@ -16,7 +17,7 @@ from typing import Any
 import structlog
 
 from subnet_lease.retry import Backoff, Outage
-from subnet_lease.store import Changes, Snapshot, Store, StoreDenied, StoreError, Watch, WatchInterrupted
+from subnet_lease.store import Changes, Record, Snapshot, Store, StoreDenied, StoreError, Watch, WatchInterrupted
 
 RELIST_S = 4 * 3600.0
 
@@ -57,6 +58,7 @@ class Watcher:
         self._watch: Watch | None = None
         self._resume = 0
         self._leases = 0
+        self._witness: Record | None = None
         self._cluster_id = 0
         self._relist_at = 0.0
         self._connected = False
@@ -106,7 +108,7 @@ class Watcher:
             self._resume = 0
         if not self._resume:
             self._list()
-        self._watch = watch = self._store.watch(self._resume, self._cluster_id)
+        self._watch = watch = self._store.watch(self._resume, self._cluster_id, self._witness)
         try:
             if not self._stopped.is_set() and not self._doubt.is_set():
                 self._follow(watch)
@@ -119,6 +121,7 @@ class Watcher:
         self._heard()
         self._cluster_id = snapshot.cluster_id
         self._leases = len(snapshot.records)
+        self._witness = max(snapshot.records, key=lambda record: record.mod_revision, default=None)
         self._relist_at = self._clock() + self._relist_s * (0.5 + self._jitter())
         self._deliver(snapshot)
         self._resume = snapshot.revision + 1
@@ -129,11 +132,19 @@ class Watcher:
             self._connected = True
             self._backoff.reset()
             if changes.events:
+                self._remember(changes)
                 self._deliver(changes)
                 self._resume = changes.revision + 1
             if self._clock() >= self._relist_at:
                 self._resume = 0
                 return
+
+    def _remember(self, changes: Changes) -> None:
+        for event in changes.events:
+            if isinstance(event, Record):
+                self._witness = event
+            elif self._witness is not None and event.key == self._witness.key:
+                self._witness = None
 
     def _heard(self) -> None:
         self._last_contact = now = self._clock()
@@ -144,6 +155,7 @@ class Watcher:
     def _report(self, error: StoreError) -> None:
         if isinstance(error, WatchInterrupted) and not error.resumable:
             self._log.warning("watch_interrupted", reason=str(error))
-        elif self._outage.failed(self._clock()):
-            event = "store_denied" if isinstance(error, StoreDenied) else "store_unreachable"
+            return
+        event = "store_denied" if isinstance(error, StoreDenied) else "store_unreachable"
+        if self._outage.failed(self._clock(), event):
             self._log.warning(event, reason=str(error))

@@ -52,6 +52,7 @@ class Host(Namespace):
             *(sys.executable, "-P", "-m", "agent", "run", "--config", os.devnull),
             *("--etcd-endpoints", ETCD_ENDPOINT, "--etcd-prefix", prefix, "--node-name", self.port),
             *("--iface", "eth0", "--subnet-file", str(self.directory / "subnet.env"), "--log-format", "json"),
+            *("--state-dir", str(self.directory / "state")),
         ]
         environment = {
             **{name: value for name, value in os.environ.items() if not name.startswith("PYTHON")},

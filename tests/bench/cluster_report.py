@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 from overlay.options import Options
+from subnet_lease.config_watch import EVERY_S as CONFIG_S
 from subnet_lease.watcher import RELIST_S
 from tests.bench.cluster_load import KEEPALIVE_S
 
@@ -304,6 +305,7 @@ def _steady(units: Units) -> str:
         ("keepalive pings", "H p / 10 s", KEEPALIVE_S, units.ping, 0.0),
         ("progress notifications", "H n / 600 s", PROGRESS_S, units.progress, 0.0),
         ("renewals", "H k / 23 h", renewal_s, units.renewal, 0.0),
+        ("reads of the configuration, at most", "H k / 60 s", CONFIG_S, units.renewal, 0.0),
         ("relists", "H (r H) / 4 h", RELIST_S, read, size),
     ):
         rate = HOSTS / period_s

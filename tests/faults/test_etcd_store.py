@@ -291,7 +291,7 @@ def test_a_compacted_revision_interrupts_the_watch_for_good(shared: EtcdProcess,
     last = [store.create(f"10.5.{n}.0-24", b"", 0) for n in range(3)][-1]
     with raw_channel(shared) as channel:
         rpc.KVStub(channel).Compact(rpc.CompactionRequest(revision=last), timeout=5)
-    with pytest.raises(WatchInterrupted, match="no longer keeps") as caught:
+    with pytest.raises(WatchInterrupted, match="does not have revision") as caught:
         list(store.watch(base + 1))
     assert not caught.value.resumable
 
@@ -324,7 +324,7 @@ def test_a_watch_that_a_proxy_joins_to_others_goes_on(
 
 def test_a_store_that_went_back_behind_the_revision_interrupts_the_watch_for_good(store: EtcdStore) -> None:
     base = store.snapshot()
-    with pytest.raises(WatchInterrupted, match="went back") as caught:
+    with pytest.raises(WatchInterrupted, match="does not have revision") as caught:
         list(store.watch(base.revision + 100, base.cluster_id))
     assert not caught.value.resumable
 
@@ -500,8 +500,8 @@ def make_authority(directory: Path, name: str) -> Path:
     return certificate
 
 
-def make_certificate(authority: Path, name: str, names: str = "IP:127.0.0.1") -> tuple[Path, Path]:
-    """A certificate signed by the CA for `names`, and its key."""
+def make_certificate(authority: Path, name: str, names: str = "IP:127.0.0.1", days: int = 2) -> tuple[Path, Path]:
+    """A certificate signed by the CA for `names`, and its key; with `days` below 0 it has expired."""
     directory = authority.parent
     key, request, certificate = (directory / f"{name}.{ending}" for ending in ("key", "csr", "pem"))
     extensions = directory / f"{name}.ext"
@@ -509,7 +509,7 @@ def make_certificate(authority: Path, name: str, names: str = "IP:127.0.0.1") ->
     openssl("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")(
         "-subj", f"/CN={name}", "-keyout", str(key), "-out", str(request)
     )
-    openssl("x509", "-req", "-days", "2", "-CAcreateserial", "-CA", str(authority))(
+    openssl("x509", "-req", "-days", str(days), "-CAcreateserial", "-CA", str(authority))(
         *("-CAkey", str(authority.with_suffix(".key")), "-in", str(request), "-extfile", str(extensions)),
         *("-out", str(certificate)),
     )
@@ -559,16 +559,47 @@ def test_certificates_that_fit_open(secured: EtcdProcess, authority: Path) -> No
         next(iter(store.watch(1)))
 
 
-def test_a_foreign_ca_or_no_client_certificate_is_no_connection(
-    secured: EtcdProcess, authority: Path, tmp_path: Path
+def refusal(endpoint: str, files: dict[str, str]) -> str:
+    with (
+        contextlib.closing(EtcdStore([endpoint], "/test/tls", **files)) as store,  # type: ignore[arg-type]
+        pytest.raises(StoreUnavailable) as caught,
+    ):
+        store.snapshot()
+    return str(caught.value)
+
+
+def test_what_tls_has_against_a_connection_is_said(
+    secured: EtcdProcess, shared: EtcdProcess, authority: Path, tmp_path: Path
 ) -> None:
-    foreign = {**client_files(authority), "cafile": str(make_authority(tmp_path, "foreign"))}
-    for files in (foreign, {"cafile": str(authority)}):
-        with (
-            contextlib.closing(EtcdStore([secured.endpoint], "/test/tls", **files)) as store,
-            pytest.raises(StoreUnavailable, match="certificate"),
-        ):
-            store.snapshot()
+    files = client_files(authority)
+    foreign = str(make_authority(tmp_path, "foreign"))
+    stranger, key = make_certificate(Path(foreign), "stranger")
+    port = secured.endpoint.rpartition(":")[2]
+    assert f"not signed by the CA in {foreign}" in refusal(secured.endpoint, {**files, "cafile": foreign})
+    assert "is not for localhost" in refusal(f"https://localhost:{port}", files)
+    assert "wants a client certificate" in refusal(secured.endpoint, {"cafile": str(authority)})
+    theirs = {**files, "certfile": str(stranger), "keyfile": str(key)}
+    assert f"does not accept the certificate in {stranger}" in refusal(secured.endpoint, theirs)
+    assert "does not speak TLS" in refusal(shared.endpoint.replace("http:", "https:"), files)
+    (nobody,) = free_ports(1)
+    assert refusal(f"https://127.0.0.1:{nobody}", files).startswith("no connection to")
+
+
+def test_a_server_whose_certificate_has_expired_is_told(authority: Path, tmp_path: Path) -> None:
+    certificate, key = make_certificate(authority, "old-server", days=-1)
+    etcd = EtcdProcess(tmp_path, tls=(certificate, key, authority))
+    etcd.start(wait=False)
+    try:
+        wait_until(lambda: "has expired" in refusal(etcd.endpoint, {"cafile": str(authority)}), 30)
+    finally:
+        etcd.kill()
+
+
+def test_an_own_certificate_that_has_expired_is_refused_with_the_day(authority: Path) -> None:
+    certificate, key = make_certificate(authority, "old-client", days=-1)
+    with pytest.raises(StoreConfigInvalid, match=rf"{certificate} has expired on 20\d\d-\d\d-\d\d") as caught:
+        EtcdStore(["https://a:1"], "/test", cafile=str(authority), certfile=str(certificate), keyfile=str(key))
+    assert caught.value.option == "certfile"
 
 
 def test_files_that_were_replaced_are_read_again(secured: EtcdProcess, authority: Path, tmp_path: Path) -> None:

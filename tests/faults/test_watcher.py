@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from overlay.cluster import wait_until
 from subnet_lease.etcd import EtcdStore, EtcdWatch
-from subnet_lease.store import Changes, Deleted, Snapshot
+from subnet_lease.store import Changes, Deleted, Record, Snapshot
 from subnet_lease.watcher import Watcher
 from tests.faults.etcd_process import EtcdProcess
 
@@ -147,9 +147,9 @@ class GatedStore(EtcdStore):
         self.gate = threading.Event()
         self.gate.set()
 
-    def watch(self, revision: int, cluster_id: int = 0) -> EtcdWatch:
+    def watch(self, revision: int, cluster_id: int = 0, witness: Record | None = None) -> EtcdWatch:
         assert self.gate.wait(30)
-        return super().watch(revision, cluster_id)
+        return super().watch(revision, cluster_id, witness)
 
 
 def test_a_compaction_while_away_ends_in_a_snapshot(etcd: EtcdProcess, writer: EtcdStore) -> None:

@@ -500,6 +500,37 @@ def test_host_is_taken_over_from_flanneld_under_a_ping_with_no_packet_lost(make_
     assert (written["put"], written["dropped"]) == (3, 3)
 
 
+def test_host_is_handed_back_to_flanneld_under_a_ping_with_no_packet_lost(make_lab: Callable[..., Lab]) -> None:
+    lab = make_lab(hosts=2, pods=1)
+    lab.up()
+    h1, h2 = lab.hosts
+    before = {lease.subnet: lease for lease in lab.leases()}
+    (peer,) = (lease for lease in before.values() if format_address(lease.attrs.public_ip) == h2.underlay_ip)
+    assert peer.attrs.vtep is not None
+    index = h1.json("ip", "link", "show", "flannel.1")[0]["ifindex"]
+    with endless_ping(h1.pods[0], h2.pods[0]) as stop:
+        assert h1.kill_agent(signal.SIGTERM) == 0
+        # What a flanneld does that finds its lease and a device as it would make it: it writes all entries again.
+        base, mac = format_address(peer.subnet.base), format_mac(peer.attrs.vtep.mac)
+        h1.ip(
+            f"neigh replace {base} lladdr {mac} dev flannel.1 nud permanent",
+            f"route replace {peer.subnet} via {base} dev flannel.1 onlink",
+        )
+        fdb = f"bridge fdb replace {mac} dst {h2.underlay_ip} dev flannel.1 self permanent"
+        assert h1.run("sh", "-c", fdb).returncode == 0
+        more = h1.pods[0].run("ping", "-n", "-c", "20", "-i", "0.01", h2.pods[0].address)
+        assert more.returncode == 0, more.stdout
+        sent, received = stop()
+    assert sent > 10
+    assert received == sent
+    assert h1.json("ip", "link", "show", "flannel.1")[0]["ifindex"] == index
+    (route,) = h1.json("ip", "route", "show", str(peer.subnet))
+    assert (route["gateway"], route.get("nhid")) == (base, None)
+    # Its own record is as flannel reads it, on an etcd lease that it may renew or replace.
+    assert {lease.subnet: lease for lease in lab.leases()} == before
+    assert all(lease.etcd_lease for lease in before.values())
+
+
 def test_lease_cannot_take_a_network_this_host_is_linked_to(make_lab: Callable[..., Lab]) -> None:
     lab = make_lab(hosts=2, pods=0)
     lab.make_network()

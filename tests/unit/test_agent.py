@@ -1,9 +1,12 @@
 """The composition root: what it decides by itself."""
 
 import contextlib
+from pathlib import Path
+
+import pytest
 
 import agent
-from overlay.options import EtcdOptions
+from overlay.options import EtcdOptions, OptionError
 
 MEMBERS = tuple(f"http://10.0.0.{n}:2379" for n in (11, 12, 13))
 
@@ -15,3 +18,17 @@ def test_hosts_begin_with_different_members_and_know_all() -> None:
             orders.add(store._endpoints)
     assert {order[0] for order in orders} == set(MEMBERS)
     assert all(sorted(order) == sorted(MEMBERS) for order in orders)
+
+
+@pytest.mark.parametrize(("mode", "open_to_all"), [(0o600, False), (0o640, False), (0o644, True), (0o606, True)])
+def test_password_that_every_user_can_read_is_refused(tmp_path: Path, mode: int, open_to_all: bool) -> None:
+    file = tmp_path / "password"
+    file.write_text("hush-hush\nsecond line\n")
+    file.chmod(mode)
+    options = EtcdOptions(etcd_username="agent", etcd_password_file=str(file))
+    if open_to_all:
+        with pytest.raises(OptionError, match="every user of this host can read") as caught:
+            agent._password(options)
+        assert "hush" not in str(caught.value)
+    else:
+        assert agent._password(options) == "hush-hush"

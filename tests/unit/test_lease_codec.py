@@ -7,6 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from subnet_lease.model import (
+    LIVE_SETTINGS,
     MAX_NESTED,
     MAX_VALUE_BYTES,
     ConfigInvalid,
@@ -16,6 +17,7 @@ from subnet_lease.model import (
     NetworkConfig,
     Prefix,
     Vtep,
+    changed_settings,
     decode_attrs,
     encode_attrs,
     format_address,
@@ -119,6 +121,20 @@ def test_flannels_own_config_is_read() -> None:
     assert str(config.block) == "10.0.0.0/8"
     assert (config.subnet_len, config.subnet_min, config.subnet_max) == (24, bytes((10, 0, 1, 0)), b"\x0a\xff\xff\x00")
     assert (config.backend.type, config.backend.vni, config.backend.port) == ("vxlan", 1, 8472)
+
+
+def test_changed_settings_are_named_as_the_operator_knows_them() -> None:
+    old = NetworkConfig.parse(b'{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}')
+    assert changed_settings(old, old) == {}
+    new = NetworkConfig.parse(
+        b'{"Network":"10.0.0.0/8","SubnetMax":"10.9.0.0","Backend":{"Type":"vxlan","VNI":7,"MTU":1400}}'
+    )
+    assert changed_settings(old, new) == {
+        "SubnetMax": ("10.255.255.0", "10.9.0.0"),
+        "Backend.VNI": ("1", "7"),
+        "Backend.MTU": ("0", "1400"),
+    }
+    assert changed_settings(old, new).keys() - LIVE_SETTINGS == {"Backend.VNI"}
 
 
 @given(attrs)

@@ -39,6 +39,14 @@ def test_wake_ends_a_wait_and_is_no_reason_to_stop() -> None:
         loops.pause(30)
 
 
+def test_signal_to_look_again_ends_a_wait_and_is_told() -> None:
+    with Loops() as loops:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert loops.pause(30) is True
+        loops.wake()
+        assert loops.pause(30) is False
+
+
 def test_threads_are_stopped_last_first_and_then_the_rest_is_done() -> None:
     ended: list[str] = []
     stops = {name: threading.Event() for name in ("keeper", "reconciler")}

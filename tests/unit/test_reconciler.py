@@ -3,6 +3,7 @@
 The loop runs in the test's own thread, up to the point where it would wait: no test depends on time passing.
 """
 
+import dataclasses
 import errno
 import itertools
 import threading
@@ -15,7 +16,7 @@ from overlay.desired import Local, entries_for
 from overlay.device import DeviceSpec, FoundDevice, Underlay, derived_mac
 from overlay.kernel import KernelRefused
 from overlay.model import PROTOCOL_BOOT, Drop, Entry, Fdb, Put, Route
-from overlay.reconciler import HEARTBEAT, RETRY, RETRY_MOST, Reconciler, State, Stop
+from overlay.reconciler import HEARTBEAT, LINGER, RETRY, RETRY_MOST, Fact, Reconciler, State, Stop, Survey
 from subnet_lease.model import (
     Lease,
     LeaseAttrs,
@@ -116,7 +117,7 @@ class Agent:
         self.kernel.elapsing = 1
         return self.settle()
 
-    def post(self, *facts: Snapshot | Changes | Lease | Stop) -> list[str]:
+    def post(self, *facts: Fact) -> list[str]:
         """Post facts, settle; what was written meanwhile."""
         before = len(self.kernel.batches)
         for fact in facts:
@@ -535,3 +536,53 @@ def test_loop_in_its_own_thread_takes_facts_and_stops_leaving_all_in_place() -> 
         thread.join(30)
     assert not thread.is_alive()
     assert len(kernel.entries()) == 12
+
+
+# --- stores that went back, and configurations that change ---
+
+
+def test_peers_that_a_replaced_store_does_not_have_are_kept_for_a_while(agent: Agent) -> None:
+    with capture_logs() as logs:
+        assert agent.post(Snapshot((record(OWN), record(lease(2))), 5, 2)) == []
+    assert [line["event"] for line in logs] == ["store_went_back"]
+    agent.assert_in_step(1, 2, 3)
+    agent.post(joined(lease(1), 6))
+    for _ in range(int(LINGER)):
+        agent.later()
+    agent.assert_in_step(1, 2)
+
+
+def test_peers_that_all_return_end_the_wait(agent: Agent) -> None:
+    agent.post(Snapshot((record(OWN), record(lease(2)), record(lease(3))), 5, 2))
+    agent.post(joined(lease(1), 6))
+    for _ in range(int(LINGER)):
+        agent.later()
+    agent.assert_in_step(1, 2, 3)
+
+
+def test_mtu_of_the_configuration_is_taken_over(agent: Agent) -> None:
+    before = len(agent.calls)
+    smaller = dataclasses.replace(CONFIG, backend=dataclasses.replace(CONFIG.backend, mtu=1400))
+    assert agent.post(smaller) == [], "no entry is touched"
+    assert agent.kernel.found is not None and agent.kernel.found.mtu == 1400
+    assert [call.split()[0] for call in agent.calls[before:]] == ["prepare", "ready"]
+
+
+def test_survey_is_answered_with_the_accepted_leases(agent: Agent) -> None:
+    answers: list[tuple[list[tuple[str, Lease]], int, int]] = []
+    agent.post(Survey(lambda *answer: answers.append(answer)))
+    ((peers, revision, cluster),) = answers
+    assert {each.subnet for _, each in peers} == {lease(number).subnet for number in (1, 2, 3)}
+    assert (revision, cluster) == (agent.state.revision, 1)
+
+
+def test_rejected_leases_are_told_with_their_reasons_and_not_twice(agent: Agent) -> None:
+    garbage = Record("x" * 1000, b"{}", 1, 400, 400)
+    rival = record(lease(4, host=3, revision=401)._replace(attrs=lease(9).attrs._replace(vtep=Vtep(1, mac(3)))))
+    with capture_logs() as logs:
+        agent.post(Changes((garbage,), 400), Changes((rival,), 401))
+        agent.later()
+    (line,) = (line for line in logs if line["event"] == "leases_rejected")
+    assert line["rejected"] == 2
+    assert [len(reason.partition(":")[0]) for reason in line["reasons"]] == [64, len("10.0.4.0-24")]
+    assert "has longer been" in line["reasons"][1]

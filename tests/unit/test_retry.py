@@ -31,3 +31,9 @@ def test_an_outage_is_mentioned_at_once_and_then_once_in_a_while() -> None:
     assert outage.ended(1300) == 300
     assert outage.ended(1301) is None
     assert outage.failed(1302)
+
+
+def test_outage_of_another_kind_is_mentioned_at_once() -> None:
+    outage = Outage()
+    said = [outage.failed(now, kind) for now, kind in ((0, "gone"), (1, "gone"), (2, "denied"), (3, "denied"))]
+    assert said == [True, False, True, False]

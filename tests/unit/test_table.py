@@ -21,7 +21,7 @@ from subnet_lease.model import (
     parse_subnet_key,
 )
 from subnet_lease.store import Changes, Deleted, Record, Snapshot
-from subnet_lease.table import Host, LeaseTable
+from subnet_lease.table import NOBODY, Host, LeaseTable
 
 CONFIG = NetworkConfig.parse(b'{"Network":"10.0.0.0/16","SubnetLen":24,"Backend":{"Type":"vxlan"}}')
 HOST = Host(
@@ -78,6 +78,13 @@ def test_own_lease_is_neither_accepted_nor_rejected() -> None:
     assert accepted(made) == {"10.0.1.0-24"}
     assert made.rejected_count == 0
     assert made.apply(changes(record(HOST.key, 200, 1, 101), Deleted(HOST.key, 102))) == set()
+
+
+def test_nobody_is_in_no_leases_way() -> None:
+    made = LeaseTable(CONFIG, NOBODY)
+    made.replace(snapshot(record(HOST.key, 200, 1), record("10.0.130.0-24", 1, 2), record("", 2, 3)))
+    assert accepted(made) == {HOST.key, "10.0.130.0-24"}
+    assert made.rejected.keys() == {""}
 
 
 @pytest.mark.parametrize(
@@ -255,6 +262,55 @@ def test_same_revision_of_the_same_cluster_is_not_decoded_again() -> None:
     before = made.accepted("10.0.1.0-24")
     made.replace(snapshot(record("10.0.1.0-24", 1, 5), revision=101))
     assert made.accepted("10.0.1.0-24") is before
+
+
+# --- stores that went back or were replaced ---
+
+
+@pytest.mark.parametrize(("revision", "cluster"), [(50, CLUSTER), (200, CLUSTER + 1)])
+def test_peers_missing_from_a_store_that_is_not_the_same_linger(revision: int, cluster: int) -> None:
+    one, two = record("10.0.1.0-24", 1, 5), record("10.0.2.0-24", 2, 6)
+    made = table(one, two, record("nonsense", 3, 7))
+    assert made.replace(snapshot(two, revision=revision, cluster=cluster)) == {"10.0.1.0-24"}
+    assert (accepted(made), made.lingering, made.rejected_count) == ({"10.0.1.0-24", "10.0.2.0-24"}, 1, 0)
+    # And still do when all is read again.
+    assert made.replace(snapshot(two, revision=revision + 1, cluster=cluster)) == set()
+    assert (accepted(made), made.lingering) == ({"10.0.1.0-24", "10.0.2.0-24"}, 1)
+
+
+def test_peer_that_returns_lingers_no_more() -> None:
+    made = table(record("10.0.1.0-24", 1, 5))
+    made.replace(snapshot(revision=1))
+    made.apply(changes(record("10.0.1.0-24", 1, 2)))
+    assert (accepted(made), made.lingering) == ({"10.0.1.0-24"}, 0)
+    assert made.let_go() == set()
+
+
+def test_peer_that_does_not_return_is_let_go() -> None:
+    made = table(record("10.0.1.0-24", 1, 5), record("10.0.2.0-24", 2, 6))
+    made.replace(snapshot(record("10.0.2.0-24", 2, 6), revision=50))
+    assert made.let_go() == {"10.0.1.0-24"}
+    assert (accepted(made), made.lingering) == ({"10.0.2.0-24"}, 0)
+
+
+@pytest.mark.parametrize("rival", ["10.0.1.0-24", "10.0.1.128-25", "10.0.0.0-23"])
+def test_whoever_claims_the_same_is_heard_before_one_that_lingers(rival: str) -> None:
+    made = table(record("10.0.1.0-24", 1, 5))
+    made.replace(snapshot(record(rival, 9, 1000), revision=50))
+    assert accepted(made) == {rival}
+
+
+def test_peer_that_was_rejected_does_not_linger() -> None:
+    made = table(record("10.0.1.0-24", 1, 5), record("10.0.1.128-25", 2, 6))
+    made.replace(snapshot(revision=50))
+    assert (accepted(made), made.lingering) == ({"10.0.1.0-24"}, 1)
+
+
+def test_same_revision_on_another_etcd_lease_is_another_put() -> None:
+    made = table(record("10.0.1.0-24", 1, 5, 6))
+    other = record("10.0.1.0-24", 2, 5, 6)._replace(etcd_lease=2)
+    assert made.replace(snapshot(other)) == {"10.0.1.0-24"}
+    assert made.accepted("10.0.1.0-24") == made._decode(other)
 
 
 # --- whatever is written, in whatever order ---

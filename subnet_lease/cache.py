@@ -1,0 +1,160 @@
+"""The last table on disk, for a boot while the store is away.
+
+Owns one file, replaced in one step: a line about the network and this host's own lease, then a line for each accepted
+lease of another. A file that is damaged, of another version or no longer true is as good as none: all it does is spare
+a wait.
+"""
+
+import json
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from subnet_lease.model import Lease, LeaseInvalid, decode_attrs, encode_attrs, parse_subnet_key, subnet_key
+from subnet_lease.store import Record, Snapshot
+
+FILE = "table.jsonl"
+
+VERSION = 1
+
+FIRST_S = 5.0
+EVERY_S = 60.0
+"""Seconds until it is looked whether there is something new to write, and from one writing to the next."""
+
+MAX_BYTES = 256 << 20
+"""Some 200 bytes a lease; beyond that it is no file of ours."""
+
+
+class Cached(NamedTuple):
+    """What the file holds. Times are in seconds since 1970.
+
+    `config` is the network configuration as the operator wrote it. `until`: when `own`, this host's lease, ends unless
+    it was renewed later; None for a reservation, which does not end. `snapshot` has the accepted leases of the others.
+    """
+
+    config: bytes
+    own: Lease
+    until: float | None
+    snapshot: Snapshot
+    written: float
+
+
+def write(path: Path, cached: Cached, peers: Iterable[tuple[str, Lease]]) -> None:
+    """Put the file in place, mode 0600; of `cached.snapshot` only revision and cluster count, `peers` are the leases.
+
+    OSError if that is impossible. Takes some 5 us for each peer, in small steps: other threads get their turn.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = {
+        "version": VERSION,
+        "written": cached.written,
+        "config": cached.config.decode("utf-8", "surrogateescape"),
+        "until": cached.until,
+        "revision": cached.snapshot.revision,
+        "cluster": cached.snapshot.cluster_id,
+        "own": _line(subnet_key(cached.own.subnet, cached.own.subnet6), cached.own),
+    }
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(json.dumps(head) + "\n")
+            for key, lease in peers:
+                file.write(json.dumps(_line(key, lease)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).rename(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def read(path: Path, now: float) -> Cached | None:
+    """The file's content; None if there is none that can be used at `now`: own lease at an end, clock set back."""
+    try:
+        with path.open("rb") as file:
+            if os.fstat(file.fileno()).st_size > MAX_BYTES:
+                return None
+            head = json.loads(file.readline())
+            if head["version"] != VERSION:
+                return None
+            until, written = head["until"], float(head["written"])
+            # With a clock that has gone back nobody can tell whether the lease has run out.
+            if until is not None and not written <= now < float(until):
+                return None
+            own = _record(head["own"])
+            subnet, subnet6 = parse_subnet_key(own.key)
+            lease = Lease(
+                subnet, subnet6, decode_attrs(own.value), own.etcd_lease, own.create_revision, own.mod_revision
+            )
+            records = tuple(_record(json.loads(line)) for line in file)
+            snapshot = Snapshot(records, int(head["revision"]), int(head["cluster"]))
+            return Cached(head["config"].encode("utf-8", "surrogateescape"), lease, until, snapshot, written)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, LeaseInvalid):
+        return None
+
+
+def _line(key: str, lease: Lease) -> list[Any]:
+    value = encode_attrs(lease.attrs).decode()
+    return [key, value, lease.etcd_lease, lease.create_revision, lease.mod_revision]
+
+
+def _record(line: list[Any]) -> Record:
+    key, value, *numbers = line
+    etcd_lease, created, modified = map(int, numbers)
+    return Record(str(key), value.encode(), etcd_lease, created, modified)
+
+
+class CacheWriter:
+    """A thread's body: `run` writes the file whenever `mark` has changed, at most every EVERY_S, until `stop`.
+
+    `mark` gives something that differs when the file is out of date, None while there is nothing to write. `collect`
+    gives what to write, with the leases of the others; None if that cannot be had now.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        mark: Callable[[], object],
+        collect: Callable[[], tuple[Cached, list[tuple[str, Lease]]] | None],
+        log: Any,
+    ) -> None:
+        self._path = path
+        self._mark = mark
+        self._collect = collect
+        self._log = log
+        self._stopped = threading.Event()
+        self._refused = ""
+
+    def run(self) -> None:
+        """Write until `stop`."""
+        written: object = None
+        pause = FIRST_S
+        while not self._stopped.wait(pause):
+            pause = FIRST_S
+            mark = self._mark()
+            if mark is None or mark == written:
+                continue
+            found = self._collect()
+            if found is not None:
+                self._write(*found)
+                written = mark
+                pause = EVERY_S
+
+    def _write(self, cached: Cached, peers: list[tuple[str, Lease]]) -> None:
+        refused = ""
+        try:
+            write(self._path, cached, peers)
+        except OSError as error:
+            refused = os.strerror(error.errno or 0)
+        if refused and refused != self._refused:
+            self._log.warning(
+                "cache_refused", path=str(self._path), reason=refused, effect="a boot while etcd is away has to wait"
+            )
+        self._refused = refused
+
+    def stop(self) -> None:
+        """End `run`, once a file that is being written is complete."""
+        self._stopped.set()

@@ -1,0 +1,59 @@
+"""Notices that the operator has changed the network configuration.
+
+It changes once in a year or so: it is read once a minute, which costs etcd less than a watch for each host would, and
+at once when somebody asks.
+"""
+
+import random
+import threading
+from collections.abc import Callable
+
+from subnet_lease.store import Store, StoreError
+
+EVERY_S = 60.0
+
+
+class ConfigWatch:
+    """A thread's body: `run` calls `changed` with each new value of the config key, None where it is gone.
+
+    `known` is the value in use. `check` and `stop` from any thread. `jitter()` gives a number from 0 up to 1.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        known: bytes | None,
+        changed: Callable[[bytes | None], None],
+        *,
+        jitter: Callable[[], float] = random.random,
+    ) -> None:
+        self._store = store
+        self._known = known
+        self._changed = changed
+        self._jitter = jitter
+        self._wake = threading.Event()
+        self._stopped = False
+
+    def run(self) -> None:
+        """Look until `stop`. A store that cannot be reached is others' to report."""
+        while not self._stopped:
+            self._wake.wait(EVERY_S * (0.5 + self._jitter()))
+            self._wake.clear()
+            if self._stopped:
+                return
+            try:
+                value = self._store.read_config()
+            except StoreError:
+                continue
+            if value != self._known:
+                self._known = value
+                self._changed(value)
+
+    def check(self) -> None:
+        """Look at once."""
+        self._wake.set()
+
+    def stop(self) -> None:
+        """End `run`; within a call's deadline."""
+        self._stopped = True
+        self._wake.set()
