@@ -5,6 +5,7 @@ needs them: most of the time a start takes is imports.
 """
 
 import argparse
+import dataclasses
 import gc
 import os
 import random
@@ -367,6 +368,10 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
         keeper.saw(fact)
 
     preferred = subnet_file.read(options.subnet_file)
+    if preferred is not None:
+        # What lies in the subnet this host had is its pods', even if it gets another one.
+        links = tuple(link for link in underlay.links if not preferred.covers(link))
+        underlay = dataclasses.replace(underlay, links=links)
     keeper = Keeper(
         store,
         config,

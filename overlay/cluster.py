@@ -446,7 +446,8 @@ class Lab:
         create(place.netns for place in (self.hub, *self.hosts, *self.pods))
         self.hub.ip(
             "link set lo up",
-            "link add underlay0 type bridge",
+            # An address of its own: a bridge takes its ports' least, and a new port would make all ARP entries wrong.
+            "link add underlay0 address 02:00:ac:1e:00:01 type bridge",
             f"addr add {UNDERLAY} dev underlay0",
             "link set underlay0 up",
         )

@@ -32,7 +32,8 @@ def write(path: str, network: Prefix, subnet: Prefix, mtu: int, ip_masq: bool) -
     if _content(target) == content and target.stat().st_mode & 0o777 == 0o644:
         return False
     _create_directory(target.parent)
-    # A name of its own: a second writer, or a file left by a crash, must not get in between.
+    for left in target.parent.glob(f".{target.name}.*"):
+        left.unlink(missing_ok=True)  # By a writer that was killed; there is one writer at a time.
     descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
     try:
         with os.fdopen(descriptor, "wb") as file:

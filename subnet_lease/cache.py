@@ -57,6 +57,8 @@ def write(path: Path, cached: Cached, peers: Iterable[tuple[str, Lease]]) -> Non
         "cluster": cached.snapshot.cluster_id,
         "own": _line(subnet_key(cached.own.subnet, cached.own.subnet6), cached.own),
     }
+    for left in path.parent.glob(f".{path.name}.*"):
+        left.unlink(missing_ok=True)  # By a writer that was killed; there is one writer at a time.
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:

@@ -40,6 +40,7 @@ from subnet_lease.store import (
     StoreDenied,
     StoreError,
     StoreUnavailable,
+    TlsFailed,
     WatchInterrupted,
 )
 from subnet_lease.tls import TlsFiles
@@ -205,8 +206,8 @@ class EtcdStore:
     def _short(self, kv: Any) -> str:
         return str(kv.key[len(self._subnets) :], "utf-8", "surrogateescape")
 
-    def _has(self, revision: int, witness: Record | None) -> bool:
-        """Whether the cluster, asked through its leader, has this revision, with the witness as it is known.
+    def _look_back(self, revision: int, witness: Record | None) -> None:
+        """WatchInterrupted unless the cluster, asked through its leader, has this revision and the witness as known.
 
         It has not what is compacted or yet to come. A store that was restored and has grown since has it with others.
         """
@@ -214,8 +215,9 @@ class EtcdStore:
         try:
             answer = self._call(lambda c: c.kv.Range, rpc.RangeRequest(key=key, revision=revision), self._subnets)
         except _NoSuchRevision:
-            return False
-        return witness is None or [self._record(kv)[2:] for kv in answer.kvs] == [witness[2:]]
+            raise WatchInterrupted(f"etcd does not have revision {revision}: restored, or compacted since") from None
+        if witness is not None and [self._record(kv)[2:] for kv in answer.kvs] != [witness[2:]]:
+            raise WatchInterrupted(f"etcd has another revision {revision}: restored from a backup", same_history=False)
 
     def _put_if_changed_at(self, key: str, value: bytes, etcd_lease: int, mod_revision: int) -> int:
         full = self._full(key)
@@ -291,8 +293,9 @@ class EtcdStore:
         log.debug("etcd_call_failed", endpoint=endpoint, code=code.name, details=error.details())
         match code:
             case grpc.StatusCode.UNAVAILABLE:
-                reason = self._tls_trouble(connection) if self._secure else None
-                return StoreUnavailable(reason or f"no connection to {endpoint}, or no leader in its cluster")
+                if self._secure and (reason := self._tls_trouble(connection)):
+                    return TlsFailed(reason)
+                return StoreUnavailable(f"no connection to {endpoint}, or no leader in its cluster")
             case grpc.StatusCode.DEADLINE_EXCEEDED:
                 return StoreUnavailable(f"no answer from {endpoint} within {self._timeout:g} s")
             case grpc.StatusCode.PERMISSION_DENIED:
@@ -423,12 +426,9 @@ class EtcdWatch:
         if response.watch_id == -1 or (response.created and response.canceled and not response.compact_revision):
             raise _NotLoggedIn(f"etcd denied permission to watch {store._subnets.decode()}")
         changes = self._changes(response)
-        if not store._has(self._revision - 1, self._witness):
-            # Restored, or compacted up to where the watch begins: etcd before 3.4.34 and 3.5.16 then says nothing and
-            # leaves out what was deleted at that very revision.
-            raise WatchInterrupted(
-                f"etcd does not have revision {self._revision - 1} as it was: restored, or compacted"
-            )
+        # Where it is compacted up to where the watch begins, etcd before 3.4.34 and 3.5.16 says nothing and leaves out
+        # what was deleted at that very revision.
+        store._look_back(self._revision - 1, self._witness)
         return changes
 
     def _request(self) -> Any:

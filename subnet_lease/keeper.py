@@ -45,6 +45,7 @@ from subnet_lease.store import (
     StoreError,
     StoreUnavailable,
     SubnetExhausted,
+    kind_of,
 )
 
 LONGEST_SLEEP_S = 60.0
@@ -310,8 +311,8 @@ class Keeper:
     # --- what the operator hears ---
 
     def _missed(self, error: StoreError) -> None:
-        event = "store_denied" if isinstance(error, StoreDenied) else "store_unreachable"
-        if self._outage.failed(self._clock(), event):
+        if self._outage.failed(self._clock(), kind_of(error)):
+            event = "store_denied" if isinstance(error, StoreDenied) else "store_unreachable"
             self._log.warning(event, reason=str(error))
 
     def _reached(self) -> None:

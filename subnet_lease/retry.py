@@ -36,19 +36,19 @@ class Outage:
 
     def __init__(self) -> None:
         self._since: float | None = None
-        self._said = 0.0
-        self._kind = ""
+        self._said: dict[str, float] = {}
 
     def failed(self, now: float, kind: str = "") -> bool:
-        """Note a failure; whether to mention it: the first, the first of another kind, and then one every REPEAT_S."""
+        """Note a failure; whether to mention it: the first of its kind, and then one every REPEAT_S."""
         if self._since is None:
             self._since = now
-        elif kind == self._kind and now < self._said + REPEAT_S:
+        if kind in self._said and now < self._said[kind] + REPEAT_S:
             return False
-        self._said, self._kind = now, kind
+        self._said[kind] = now
         return True
 
     def ended(self, now: float) -> float | None:
         """Note a success; the seconds since the first failure, None if there was none."""
         since, self._since = self._since, None
+        self._said.clear()
         return None if since is None else now - since

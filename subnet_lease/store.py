@@ -18,6 +18,10 @@ class StoreUnavailable(StoreError):
     """No answer for now: wait and try again. Whether a write took place is unknown."""
 
 
+class TlsFailed(StoreUnavailable):
+    """No answer because of certificates; the text says which and why."""
+
+
 class StoreDenied(StoreError):
     """The store answered and refused: credentials, certificate or permission. Trying again helps only after a mend."""
 
@@ -35,12 +39,19 @@ class WatchInterrupted(StoreError):
     """The stream of changes has ended; the text says why.
 
     `resumable`: no more than the connection broke, and a watch from the revision after the last event goes on without
-    a gap. Otherwise changes may be lost, or it is not the same store any more: take a new snapshot.
+    a gap. Otherwise changes may be lost, or it is not the same store any more: take a new snapshot. `same_history` is
+    False where it is known that what was seen before is not what happened in this store.
     """
 
-    def __init__(self, reason: str, *, resumable: bool = False) -> None:
+    def __init__(self, reason: str, *, resumable: bool = False, same_history: bool = True) -> None:
         super().__init__(reason)
         self.resumable = resumable
+        self.same_history = same_history
+
+
+def kind_of(error: StoreError) -> str:
+    """What an operator would tell apart: no answer, certificates, a refusal."""
+    return next((kind.__name__ for kind in (TlsFailed, StoreDenied) if isinstance(error, kind)), "StoreUnavailable")
 
 
 class SubnetExhausted(Exception):
@@ -68,11 +79,15 @@ class Deleted(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """All records as of one revision of one cluster."""
+    """All records as of one revision of one cluster.
+
+    `same_history` is False where it is known not to follow from what was seen of that cluster before.
+    """
 
     records: tuple[Record, ...]
     revision: int
     cluster_id: int
+    same_history: bool = True
 
 
 class Changes(NamedTuple):

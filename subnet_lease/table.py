@@ -92,7 +92,8 @@ class LeaseTable:
         They come in the order of the records: what is made of them then lies side by side in memory, as they do.
         """
         # In another cluster, or a restored one, the same revision may stand for another value.
-        continuous = snapshot.cluster_id == self.cluster_id and snapshot.revision >= self.revision
+        same = snapshot.same_history and snapshot.cluster_id == self.cluster_id
+        continuous = same and snapshot.revision >= self.revision
         self.cluster_id = snapshot.cluster_id
         missing = (self._valid.keys() | self._invalid.keys()) - {record.key for record in snapshot.records}
         if not continuous:

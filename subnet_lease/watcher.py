@@ -17,7 +17,17 @@ from typing import Any
 import structlog
 
 from subnet_lease.retry import Backoff, Outage
-from subnet_lease.store import Changes, Record, Snapshot, Store, StoreDenied, StoreError, Watch, WatchInterrupted
+from subnet_lease.store import (
+    Changes,
+    Record,
+    Snapshot,
+    Store,
+    StoreDenied,
+    StoreError,
+    Watch,
+    WatchInterrupted,
+    kind_of,
+)
 
 RELIST_S = 4 * 3600.0
 
@@ -59,6 +69,7 @@ class Watcher:
         self._resume = 0
         self._leases = 0
         self._witness: Record | None = None
+        self._same_history = True
         self._cluster_id = 0
         self._relist_at = 0.0
         self._connected = False
@@ -83,6 +94,7 @@ class Watcher:
                 self._connected = False
                 if isinstance(error, WatchInterrupted) and not error.resumable:
                     self._resume = 0
+                    self._same_history = self._same_history and error.same_history
                 self._report(error)
                 self._stopped.wait(self._backoff.delay() + self._jitter() * self._leases * RETURN_S_PER_LEASE)
         self._connected = False
@@ -123,7 +135,8 @@ class Watcher:
         self._leases = len(snapshot.records)
         self._witness = max(snapshot.records, key=lambda record: record.mod_revision, default=None)
         self._relist_at = self._clock() + self._relist_s * (0.5 + self._jitter())
-        self._deliver(snapshot)
+        self._deliver(snapshot._replace(same_history=self._same_history))
+        self._same_history = True
         self._resume = snapshot.revision + 1
 
     def _follow(self, watch: Watch) -> None:
@@ -156,6 +169,6 @@ class Watcher:
         if isinstance(error, WatchInterrupted) and not error.resumable:
             self._log.warning("watch_interrupted", reason=str(error))
             return
-        event = "store_denied" if isinstance(error, StoreDenied) else "store_unreachable"
-        if self._outage.failed(self._clock(), event):
+        if self._outage.failed(self._clock(), kind_of(error)):
+            event = "store_denied" if isinstance(error, StoreDenied) else "store_unreachable"
             self._log.warning(event, reason=str(error))

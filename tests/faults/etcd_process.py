@@ -1,5 +1,6 @@
 """A real etcd process for tests: on loopback or a unix socket; stopped, killed, frozen, restarted on its data."""
 
+import os
 import shutil
 import signal
 import socket
@@ -27,6 +28,13 @@ def free_ports(count: int) -> list[int]:
     finally:
         for each in sockets:
             each.close()
+
+
+def freeze(pid: int) -> None:
+    """Stop a process, and wait until all of its threads have: the signal stops one after the other, and only soon."""
+    os.kill(pid, signal.SIGSTOP)
+    tasks = Path(f"/proc/{pid}/task")
+    wait_until(lambda: {(task / "stat").read_text().rpartition(") ")[2][0] for task in tasks.iterdir()} == {"T"})
 
 
 class EtcdProcess:
@@ -106,11 +114,7 @@ class EtcdProcess:
 
     def pause(self) -> None:
         """Freeze it: connections stay open and nothing answers."""
-        assert self._process is not None, "etcd is not running"
-        self._process.send_signal(signal.SIGSTOP)
-        # The signal stops one thread after the other, and only soon.
-        tasks = Path(f"/proc/{self._process.pid}/task")
-        wait_until(lambda: {(task / "stat").read_text().rpartition(") ")[2][0] for task in tasks.iterdir()} == {"T"})
+        freeze(self.pid)
 
     def resume(self) -> None:
         """Let it run on after `pause`."""

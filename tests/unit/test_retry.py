@@ -35,5 +35,5 @@ def test_an_outage_is_mentioned_at_once_and_then_once_in_a_while() -> None:
 
 def test_outage_of_another_kind_is_mentioned_at_once() -> None:
     outage = Outage()
-    said = [outage.failed(now, kind) for now, kind in ((0, "gone"), (1, "gone"), (2, "denied"), (3, "denied"))]
+    said = [outage.failed(now, kind) for now, kind in ((0, "gone"), (1, "gone"), (2, "denied"), (3, "gone"))]
     assert said == [True, False, True, False]
