@@ -21,7 +21,7 @@ CORE = $(shell $(BIN)/python -c 'import tomllib; \
   contracts = tomllib.load(open("pyproject.toml", "rb"))["tool"]["importlinter"]["contracts"]; \
   print(",".join(name.replace(".", "/") + ".py" for name in contracts[0]["source_modules"]))')
 
-.PHONY: help demo test unit lint types bench docs lock wheel clean root system
+.PHONY: help demo test unit lint types soak bench docs lock wheel clean root system
 help:
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
 
@@ -46,6 +46,9 @@ types: .venv/dev.stamp ## mypy --strict
 bench: root system .venv-bench/run.stamp ## measure all that docs/benchmarks.md and docs/scale.md say; needs root
 	.venv-bench/bin/python -m tests.bench \
 	  --json docs/benchmarks.json --markdown docs/benchmarks.md --scale docs/scale.md
+
+soak: root system .venv/dev.stamp ## random faults for ten minutes, under pings that may not be lost; needs root
+	$(BIN)/python -m tests.faults.soak
 
 docs: .venv/run.stamp ## regenerate the configuration reference and the example from the options
 	$(BIN)/python -m overlay.options > docs/configuration.md
