@@ -5,8 +5,10 @@ import os
 import re
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,6 +101,35 @@ def test_lease_that_ran_out_keeps_a_host_from_its_last_table(make_lab: MakeLab) 
     h1.start_agent()
     wait_until(lambda: events(h1, "waiting_for_config"), 20, "the agent to wait")
     assert events(h1, "started_from_cache") == []
+
+
+def test_wall_clock_that_is_set_forward_and_back_ends_no_lease(make_lab: MakeLab, tmp_path: Path) -> None:
+    offset = tmp_path / "offset"
+    offset.write_text("0")
+    # The machine's own clock is everybody's: the agents' is set for them alone, but not for grpc, whose core, which is
+    # not Python, would go by another one.
+    program = (
+        "import pathlib, sys, time, types\n"
+        "import grpc._channel, grpc._common\n"
+        "grpc._channel.time = grpc._common.time = types.SimpleNamespace(**vars(time))\n"
+        "real, offset = time.time, pathlib.Path(sys.argv.pop(1))\n"
+        "time.time = lambda: real() + float(offset.read_text() or 0)\n"
+        "import agent\n"
+        "sys.exit(agent.main())"
+    )
+    command = (sys.executable, "-P", "-c", program, str(offset), "run")
+    options = ("--log-format", "json", "--log-level", "debug", "--subnet-lease-ttl", "4")
+    lab = make_lab(hosts=2, pods=1, agent_command=command, agent_options=options)
+    lab.up()
+    leases = lab.leases()
+    for seconds in (86400, -86400, 0):
+        offset.write_text(str(seconds))
+        for host in lab.hosts:
+            before = len(events(host, "lease_renewed"))
+            wait_until(lambda host=host, n=before: len(events(host, "lease_renewed")) > n + 2, 20, "three renewals")
+    assert lab.leases() == leases
+    assert all(not events(host, "lease_lost") for host in lab.hosts)
+    assert all_answer(lab)
 
 
 @pytest.fixture(scope="module")
