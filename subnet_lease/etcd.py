@@ -320,10 +320,10 @@ class EtcdStore:
                 return StoreUnavailable(f"etcd at {endpoint} answered with status {code.name}")
 
     def _tls_trouble(self, connection: "_Connection") -> str | None:
-        """What TLS has against this endpoint. Asked once in a while: an outage brings the same failure many times."""
+        """What TLS has against this endpoint. What was found holds for a while: an outage fails many times alike."""
         now, which = time.monotonic(), (connection.endpoint, connection.stamps)
         asked_at, about, reason = self._diagnosis
-        if about != which or now - asked_at > DIAGNOSIS_S:
+        if reason is None or about != which or now - asked_at > DIAGNOSIS_S:
             reason = self._files.trouble(connection.endpoint)
             self._diagnosis = now, which, reason
         return reason
