@@ -47,8 +47,9 @@ bench: root system .venv-bench/run.stamp ## measure all that docs/benchmarks.md 
 	.venv-bench/bin/python -m tests.bench \
 	  --json docs/benchmarks.json --markdown docs/benchmarks.md --scale docs/scale.md
 
-soak: root system .venv/dev.stamp ## random faults for ten minutes, under pings that may not be lost; needs root
-	$(BIN)/python -m tests.faults.soak
+soak: PROGRAMS += etcdctl:etcd-client
+soak: root system .venv/dev.stamp ## random faults for MINUTES (10), under pings that may not be lost; needs root
+	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
 docs: .venv/run.stamp ## regenerate the configuration reference and the example from the options
 	$(BIN)/python -m overlay.options > docs/configuration.md
