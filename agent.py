@@ -552,8 +552,8 @@ def _table_cache(
         state = reconciler.state
         return (state.revision, keeper.ends_at, config()) if state.ready and keeper.ends_at else None
 
-    def collect() -> "tuple[Cached, list[tuple[str, Lease]]] | None":
-        answers: queue.SimpleQueue[tuple[list[tuple[str, Lease]], int, int]] = queue.SimpleQueue()
+    def collect() -> "tuple[Cached, list[Lease]] | None":
+        answers: queue.SimpleQueue[tuple[list[Lease], int, int]] = queue.SimpleQueue()
         reconciler.post(Survey(lambda *answer: answers.put(answer)))
         lease, ends_at, now = keeper.lease, keeper.ends_at, time.time()
         try:

@@ -64,9 +64,9 @@ class Stop:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """A fact: somebody wants to know the accepted leases, by key, with the table's revision and cluster."""
+    """A fact: somebody wants to know the accepted leases, with the table's revision and cluster."""
 
-    answer: Callable[[list[tuple[str, Lease]], int, int], None]
+    answer: Callable[[list[Lease], int, int], None]
 
 
 Fact = Snapshot | Changes | Lease | NetworkConfig | Survey | Stop
@@ -188,7 +188,8 @@ class Reconciler:
                     self._spec = device_spec(config, self._lease, self._underlay)
                     self._doubt, self._announced = True, False
                 case Survey() as survey:
-                    survey.answer(list(self._table.peers()), self._table.revision, self._table.cluster_id)
+                    leases = [lease for _, lease in self._table.peers()]
+                    survey.answer(leases, self._table.revision, self._table.cluster_id)
         return True
 
     def _wait_for_lingering(self) -> None:

@@ -46,7 +46,7 @@ class Cached(NamedTuple):
     written: float
 
 
-def write(path: Path, cached: Cached, peers: Iterable[tuple[str, Lease]]) -> None:
+def write(path: Path, cached: Cached, peers: Iterable[Lease]) -> None:
     """Put the file in place, mode 0600; of `cached.snapshot` only revision and cluster count, `peers` are the leases.
 
     OSError if that is impossible. Takes its time: there is no hurry, and the other threads may not be kept waiting.
@@ -59,7 +59,7 @@ def write(path: Path, cached: Cached, peers: Iterable[tuple[str, Lease]]) -> Non
         "until": cached.until,
         "revision": cached.snapshot.revision,
         "cluster": cached.snapshot.cluster_id,
-        "own": _line(subnet_key(cached.own.subnet, cached.own.subnet6), cached.own),
+        "own": _line(cached.own),
     }
     for left in path.parent.glob(f".{path.name}.*"):
         left.unlink(missing_ok=True)  # By a writer that was killed; there is one writer at a time.
@@ -67,8 +67,8 @@ def write(path: Path, cached: Cached, peers: Iterable[tuple[str, Lease]]) -> Non
     try:
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
             file.write(json.dumps(head) + "\n")
-            for number, (key, lease) in enumerate(peers):
-                file.write(json.dumps(_line(key, lease)) + "\n")
+            for number, lease in enumerate(peers):
+                file.write(json.dumps(_line(lease)) + "\n")
                 if number % STEP == STEP - 1:
                     # A thread that has work gives up the interpreter every 5 ms only, to each that asks for it in turn.
                     time.sleep(0.001)
@@ -105,9 +105,9 @@ def read(path: Path, now: float) -> Cached | None:
         return None
 
 
-def _line(key: str, lease: Lease) -> list[Any]:
+def _line(lease: Lease) -> list[Any]:
     value = encode_attrs(lease.attrs).decode()
-    return [key, value, lease.etcd_lease, lease.create_revision, lease.mod_revision]
+    return [subnet_key(lease.subnet, lease.subnet6), value, lease.etcd_lease, lease.create_revision, lease.mod_revision]
 
 
 def _record(line: list[Any]) -> Record:
@@ -127,7 +127,7 @@ class CacheWriter:
         self,
         path: Path,
         mark: Callable[[], object],
-        collect: Callable[[], tuple[Cached, list[tuple[str, Lease]]] | None],
+        collect: Callable[[], tuple[Cached, list[Lease]] | None],
         log: Any,
     ) -> None:
         self._path = path
@@ -149,10 +149,11 @@ class CacheWriter:
             found = self._collect()
             if found is not None:
                 self._write(*found)
+                found = None  # Thousands of leases may be gone by the next time.
                 written = mark
                 pause = EVERY_S
 
-    def _write(self, cached: Cached, peers: list[tuple[str, Lease]]) -> None:
+    def _write(self, cached: Cached, peers: list[Lease]) -> None:
         refused = ""
         try:
             write(self._path, cached, peers)

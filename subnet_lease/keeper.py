@@ -113,10 +113,13 @@ class Keeper:
         self._renew_at = self._ends_at = 0.0
         self._loose_grant = 0
         self._seen: Snapshot | None = None
+        self._given: tuple[int, int] | None = None
 
     def take_snapshot(self) -> Snapshot | None:
         """The snapshot that the latest round went by, once: a watcher can begin with it instead of reading all anew."""
         seen, self._seen = self._seen, None
+        if seen is not None:
+            self._given = seen.revision, seen.cluster_id
         return seen
 
     @property
@@ -175,6 +178,8 @@ class Keeper:
         if lease is None:
             return
         key = subnet_key(lease.subnet, lease.subnet6)
+        if isinstance(fact, Snapshot) and (fact.revision, fact.cluster_id) == self._given:
+            return  # Our own, from before the write that it led to.
         if isinstance(fact, Changes):
             touched = any(event.key == key and event.mod_revision > lease.mod_revision for event in fact.events)
         else:

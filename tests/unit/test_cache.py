@@ -24,8 +24,8 @@ def cached(until: float | None = UNTIL) -> Cached:
     return Cached(CONFIG, own, until, Snapshot((), 99, 5), WRITTEN)
 
 
-def peers(*numbers: int) -> list[tuple[str, Lease]]:
-    return [(subnet_key(lease(number).subnet), lease(number)) for number in numbers]
+def peers(*numbers: int) -> list[Lease]:
+    return [lease(number) for number in numbers]
 
 
 @pytest.fixture
@@ -39,8 +39,10 @@ def test_what_was_written_comes_back(path: Path) -> None:
     found = read(path, WRITTEN + 60)
     assert found is not None
     assert found._replace(snapshot=Snapshot((), 99, 5)) == cached()
-    records = tuple(Record(key, encode_attrs(each.attrs), 7, each.create_revision, each.mod_revision)
-                    for key, each in peers(2, 3))  # fmt: skip
+    records = tuple(
+        Record(subnet_key(each.subnet), encode_attrs(each.attrs), 7, each.create_revision, each.mod_revision)
+        for each in peers(2, 3)
+    )
     assert found.snapshot == Snapshot(records, 99, 5)
     assert path.stat().st_mode & 0o777 == 0o600
     assert list(path.parent.iterdir()) == [path]
@@ -98,7 +100,7 @@ def test_writer_writes_what_is_new_and_says_once_that_it_cannot(
             return None
         return marks.pop(0)
 
-    def collect() -> tuple[Cached, list[tuple[str, Lease]]]:
+    def collect() -> tuple[Cached, list[Lease]]:
         collected.append(json.loads((state / FILE).read_text().splitlines()[0])["revision"] if state.is_dir() else None)
         if len(collected) == 2:
             (state / FILE).unlink()

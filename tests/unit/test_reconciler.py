@@ -569,10 +569,10 @@ def test_mtu_of_the_configuration_is_taken_over(agent: Agent) -> None:
 
 
 def test_survey_is_answered_with_the_accepted_leases(agent: Agent) -> None:
-    answers: list[tuple[list[tuple[str, Lease]], int, int]] = []
+    answers: list[tuple[list[Lease], int, int]] = []
     agent.post(Survey(lambda *answer: answers.append(answer)))
     ((peers, revision, cluster),) = answers
-    assert {each.subnet for _, each in peers} == {lease(number).subnet for number in (1, 2, 3)}
+    assert {each.subnet for each in peers} == {lease(number).subnet for number in (1, 2, 3)}
     assert (revision, cluster) == (agent.state.revision, 1)
 
 
