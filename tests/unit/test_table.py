@@ -300,6 +300,13 @@ def test_whoever_claims_the_same_is_heard_before_one_that_lingers(rival: str) ->
     assert accepted(made) == {rival}
 
 
+def test_second_subnet_of_a_host_lingers_beside_its_first() -> None:
+    first, second = record("10.0.1.0-24", 1, 5), record("10.0.3.0-24", 1, 6)
+    made = table(first, second)
+    assert made.replace(snapshot(first, revision=50)) == {"10.0.3.0-24"}
+    assert (accepted(made), made.lingering) == ({"10.0.1.0-24", "10.0.3.0-24"}, 1)
+
+
 def test_peer_that_was_rejected_does_not_linger() -> None:
     made = table(record("10.0.1.0-24", 1, 5), record("10.0.1.128-25", 2, 6))
     made.replace(snapshot(revision=50))
