@@ -169,6 +169,26 @@ HEADERS = {
 }  # fmt: skip
 
 
+def test_what_the_kernel_lists_of_ours_reads_as_it_was_put() -> None:
+    mac, base, remote, head = b"\2abcde", bytes((10, 0, 1, 0)), bytes((172, 30, 0, 1)), (0, 0, DEVICE, 0x80)
+    number = struct.Struct("=I").pack
+    fdb, neighbour = (
+        struct.pack("=BBHiHBB", family, *head, flags, 0) for family, flags in ((rtnl.AF_BRIDGE, rtnl.NTF_SELF), (2, 0))
+    )
+    hop = struct.pack("=BBBBI", 2, 0, PROTOCOL, 0, 4)
+    route = struct.pack("=BBBBBBBBI", 2, 24, 0, 0, rtnl.RT_TABLE_MAIN, PROTOCOL, 0, 1, 0)
+    listed = [
+        (rtnl.NEWNEIGH, fdb, [mac, remote, bytes(16)], Fdb(mac, remote)),
+        (rtnl.NEWNEIGH, neighbour, [base, mac, bytes(4), bytes(16)], Neighbour(base, mac)),
+        (rtnl.NEWNEXTHOP, hop, [number(77), number(DEVICE), base], NextHop(77, base, DEVICE)),
+        (rtnl.NEWROUTE, route, [number(254), base, number(77), base, number(DEVICE)], Route(Prefix(base, 24), 77)),
+    ]
+    shapes = [shape for kind in SHAPES.values() for shape in kind]
+    for (kind, header, values, expected), shape in zip(listed, shapes, strict=True):
+        body = header + b"".join(attribute(name, value) for (name, _), value in zip(shape, values, strict=True))
+        assert seen(message(kind, body)) == expected
+
+
 @settings(max_examples=1000)
 @given(st.data())
 def test_what_is_read_in_one_go_reads_the_same_attribute_by_attribute(data: st.DataObject) -> None:
