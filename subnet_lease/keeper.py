@@ -179,7 +179,9 @@ class Keeper:
             return
         key = subnet_key(lease.subnet, lease.subnet6)
         if isinstance(fact, Snapshot) and (fact.revision, fact.cluster_id) == self._given:
-            return  # Our own, from before the write that it led to.
+            # Our own, from before the write that it led to. Once: a store that was wiped counts its revisions anew.
+            self._given = None
+            return
         if isinstance(fact, Changes):
             touched = any(event.key == key and event.mod_revision > lease.mod_revision for event in fact.events)
         else:
