@@ -669,7 +669,8 @@ class Cluster(RuleBasedStateMachine):
             record = records.get(key)
             if record == planted:
                 continue
-            if record is None:
+            if record is None or record.create_revision != planted.create_revision:
+                # Where it has ended, others may have taken its place since.
                 assert not self.etcd.alive(planted.etcd_lease), f"{key} was deleted"
             else:
                 owner = next((host for host in self.hosts if address_of(planted.value) == host.public_ip), None)

@@ -13,10 +13,10 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from overlay.cluster import ETCD_ENDPOINT, Host, Lab, LabError, Pod, wait_until
-from subnet_lease.model import LeaseAttrs, format_mac
+from subnet_lease.model import format_mac
 from tests.conftest import MakeLab
 from tests.faults import killed_at
-from tests.faults.world import Pings, entries, entries_called_for, holder, stranger
+from tests.faults.world import Pings, entries, entries_called_for, holder, lease_of, stranger
 
 AGENT = (sys.executable, "-P", "-m", "agent")
 
@@ -26,6 +26,16 @@ TTL = 3600
 PEERS = 201, 202, 203, 204
 """Numbers of hosts without an agent, so that a pass has several batches. See `stranger`."""
 
+PROGRAMMING = (
+    "between sysctls and firewall",
+    "firewall loaded",
+    "kernel read",
+    "before the first batch",
+    "after the first batch of several",
+    "after the third batch of several",
+    "after all batches, before settling",
+)
+
 FIRST_START = (
     "config read",
     "leases read",
@@ -34,13 +44,7 @@ FIRST_START = (
     "before the device",
     "device created, not up",
     "device made",
-    "between sysctls and firewall",
-    "firewall loaded",
-    "kernel read",
-    "before the first batch",
-    "after the first batch of several",
-    "after the third batch of several",
-    "after all batches, before settling",
+    *PROGRAMMING,
     "subnet file written, not in place",
     "subnet file in place, not ready",
     "ready",
@@ -52,13 +56,7 @@ RESTART = (
     "etcd lease renewed",
     "before the device",
     "device made",
-    "between sysctls and firewall",
-    "firewall loaded",
-    "kernel read",
-    "before the first batch",
-    "after the first batch of several",
-    "after the third batch of several",
-    "after all batches, before settling",
+    *PROGRAMMING,
     "subnet file in place, not ready",
     "ready",
 )
@@ -107,11 +105,11 @@ class World:
         options = ("--subnet-file", str(self.victim.subnet_file), "--state-dir", str(self.victim.state_dir))
         done = self.victim.run(*AGENT, "cleanup", "--release", *options, "--etcd-endpoints", ETCD_ENDPOINT)
         assert done.returncode == 0, done.stderr
-        assert self.lease_of(self.victim) is None
+        assert self.subnet_of(self.victim) is None
 
     # --- what must hold ---
 
-    def lease_of(self, host: Host) -> str | None:
+    def subnet_of(self, host: Host) -> str | None:
         """The subnet that etcd has for the host, and no second."""
         own = [str(lease.subnet) for lease in self.lab.leases() if holder(lease) == host.underlay_ip]
         assert len(own) <= 1, own
@@ -130,19 +128,15 @@ class World:
     def assert_whole(self) -> None:
         for host in self.lab.hosts:
             wait_until(lambda host=host: self.in_order(host), 10, f"the entries of all leases on {host.name}")
-            assert self.lease_of(host) == host.subnet
+            assert self.subnet_of(host) == host.subnet
         (link,) = self.victim.json("ip", "-d", "link", "show", "flannel.1")
-        attrs = self.attrs_of(self.victim)
+        attrs = lease_of(self.victim).attrs
         assert attrs.vtep is not None
         assert (link["address"], "UP" in link["flags"]) == (format_mac(attrs.vtep.mac), True)
         addresses = self.victim.json("ip", "-4", "addr", "show", "flannel.1")[0]["addr_info"]
         assert [each["local"] for each in addresses] == [self.victim.subnet.removesuffix("/24")]
         assert self.victim.run("cat", "/proc/sys/net/ipv4/ip_forward").stdout.strip() == "1"
         assert self.victim.subnet in self.victim.run("nft", "list", "table", "inet", "overlay_agent").stdout
-
-    def attrs_of(self, host: Host) -> LeaseAttrs:
-        (attrs,) = (lease.attrs for lease in self.lab.leases() if holder(lease) == host.underlay_ip)
-        return attrs
 
     @contextlib.contextmanager
     def nothing_lost(self, *pods: Pod) -> Iterator[None]:
@@ -189,7 +183,7 @@ def test_agent_killed_in_its_first_start_comes_up_as_if_it_had_not_been(world: W
     with world.nothing_lost():
         world.start(name)
         world.wait_dead()
-        leased = world.lease_of(world.victim)
+        leased = world.subnet_of(world.victim)
         assert (leased is None) == (FIRST_START.index(name) < FIRST_START.index("key created"))
         world.start()
         world.victim.wait_ready()
@@ -206,7 +200,7 @@ def test_agent_killed_in_its_first_start_comes_up_as_if_it_had_not_been(world: W
 
 @pytest.mark.parametrize("name", RESTART)
 def test_agent_killed_as_it_comes_back_to_a_changed_cluster_loses_nothing(world: World, name: str) -> None:
-    subnet, mac = world.victim.subnet, world.attrs_of(world.victim)
+    subnet, mac = world.victim.subnet, lease_of(world.victim).attrs
     before = world.in_vain()
     with world.nothing_lost(world.victim.pods[0]):
         world.kill()
@@ -218,7 +212,7 @@ def test_agent_killed_as_it_comes_back_to_a_changed_cluster_loses_nothing(world:
         world.start()
         world.victim.wait_ready()
         world.assert_whole()
-    assert (world.victim.subnet, world.attrs_of(world.victim)) == (subnet, mac)
+    assert (world.victim.subnet, lease_of(world.victim).attrs) == (subnet, mac)
     world.leave(PEERS[0] + 10)
     world.leave(PEERS[0] + 11)
     world.join(PEERS[0])
@@ -238,12 +232,16 @@ def remove_entries(world: World) -> None:
     assert done.returncode == 0, done.stderr
 
 
-AT_WORK: dict[str, tuple[Callable[[World], None], Callable[[World], None]]] = {
+Step = Callable[[World], None]
+
+LEAVE: tuple[Step, Step] = (lambda world: world.leave(PEERS[3]), lambda world: world.join(PEERS[3]))
+
+AT_WORK: dict[str, tuple[Step, Step]] = {
     "drift seen, nothing repaired": (remove_entries, lambda world: None),
     "drift repaired in part": (remove_entries, lambda world: None),
-    "leave seen, nothing dropped": (lambda world: world.leave(PEERS[3]), lambda world: world.join(PEERS[3])),
-    "leave: route dropped": (lambda world: world.leave(PEERS[3]), lambda world: world.join(PEERS[3])),
-    "leave: all but the fdb entry dropped": (lambda world: world.leave(PEERS[3]), lambda world: world.join(PEERS[3])),
+    "leave seen, nothing dropped": LEAVE,
+    "leave: route dropped": LEAVE,
+    "leave: all but the fdb entry dropped": LEAVE,
     "join: fdb entry put": (lambda world: world.join(PEERS[3] + 10), lambda world: world.leave(PEERS[3] + 10)),
 }
 """Point: what brings the agent there, and what undoes that for the next test."""

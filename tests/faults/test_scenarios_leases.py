@@ -7,10 +7,9 @@ from collections.abc import Callable
 import pytest
 
 from overlay.cluster import Host, wait_until
-from subnet_lease.model import Lease
 from tests.conftest import MakeLab
 from tests.faults.etcd_process import freeze
-from tests.faults.world import World, holder, stranger
+from tests.faults.world import World, holder, lease_of, stranger
 
 pytestmark = pytest.mark.fault
 
@@ -18,11 +17,6 @@ LEASE_S = 4
 
 RETURN_S = 1.0
 """The others withdraw a host whose lease is gone, and put it back as soon as it is there again: within this time."""
-
-
-def lease_of(world: World, host: Host) -> Lease:
-    (lease,) = (lease for lease in world.lab.leases() if holder(lease) == host.underlay_ip)
-    return lease
 
 
 def has_lease(world: World, host: Host) -> bool:
@@ -39,11 +33,11 @@ def key_of(host: Host) -> str:
 
 
 def revoked(world: World, host: Host) -> None:
-    world.lab.store.revoke(lease_of(world, host).etcd_lease)
+    world.lab.store.revoke(lease_of(host).etcd_lease)
 
 
 def deleted(world: World, host: Host) -> None:
-    assert world.lab.store.delete(key_of(host), lease_of(world, host).mod_revision)
+    assert world.lab.store.delete(key_of(host), lease_of(host).mod_revision)
 
 
 @pytest.mark.parametrize(
@@ -52,12 +46,12 @@ def deleted(world: World, host: Host) -> None:
 def test_host_takes_its_subnet_again_at_once(make_lab: MakeLab, harm: Callable[[World, Host], None]) -> None:
     with World(make_lab) as world:
         h1, _ = world.hosts
-        before = lease_of(world, h1)
+        before = lease_of(h1)
         with world.lost_for_at_most(RETURN_S):
             harm(world, h1)
             wait_until(lambda: world.said(h1, "lease_lost"), 5, "the loss said")
             world.converge(5)
-        assert lease_of(world, h1).create_revision > before.create_revision
+        assert lease_of(h1).create_revision > before.create_revision
         assert [line["subnet"] for line in world.said(h1, "lease_lost")] == [h1.subnet]
 
 
@@ -67,7 +61,7 @@ def test_host_whose_key_another_host_has_written_over_moves_and_says_so(make_lab
         taken = h1.subnet
         with world.nothing_lost(h2, h3):
             store = world.lab.store
-            revision = lease_of(world, h1).mod_revision
+            revision = lease_of(h1).mod_revision
             assert store.replace(key_of(h1), stranger(200), store.grant(3600), revision)
             wait_until(lambda: h1.subnet != taken, 10, "another subnet")
             world.converge(5)

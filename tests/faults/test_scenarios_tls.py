@@ -1,11 +1,9 @@
 """Certificates of etcd and of its agents: replaced while all run, expired, and for another address."""
 
-from collections.abc import Callable
-
 import pytest
 
 from tests.conftest import MakeLab
-from tests.faults.world import World
+from tests.faults.world import Fault, World
 
 pytestmark = pytest.mark.fault
 
@@ -25,13 +23,13 @@ def expired_at_the_agents(world: World) -> None:
 @pytest.mark.parametrize(
     ("harm", "reason"),
     [
-        pytest.param(expired_at_etcd, "has expired", id="etcd's certificate has expired"),
-        pytest.param(for_another_address, "is not for 172.30.0.1", id="etcd's certificate is for another address"),
-        pytest.param(expired_at_the_agents, "expired", id="the agents' certificate has expired"),
+        (expired_at_etcd, "has expired"),
+        (for_another_address, "is not for 172.30.0.1"),
+        (expired_at_the_agents, "expired"),
     ],
 )
 def test_certificate_that_cannot_be_used_is_said_and_its_renewal_is_found(
-    make_lab: MakeLab, harm: Callable[[World], None], reason: str
+    make_lab: MakeLab, harm: Fault, reason: str
 ) -> None:
     with World(make_lab, tls=True) as world, world.nothing_lost():
         harm(world)
