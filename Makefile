@@ -14,16 +14,16 @@ SOURCES := agent.py overlay subnet_lease tests
 
 # program:package
 PROGRAMS := ip:iproute2 bridge:iproute2 etcd:etcd-server nft:nftables ping:iputils-ping
-test: PROGRAMS += etcdctl:etcd-client openssl:openssl systemd-analyze:systemd
+test: PROGRAMS += etcdctl:etcd-client openssl:openssl ethtool:ethtool systemd-analyze:systemd iptables-legacy:iptables
 
 # What "CORE" means stands once, in the first import contract.
 CORE = $(shell $(BIN)/python -c 'import tomllib; \
   contracts = tomllib.load(open("pyproject.toml", "rb"))["tool"]["importlinter"]["contracts"]; \
   print(",".join(name.replace(".", "/") + ".py" for name in contracts[0]["source_modules"]))')
 
-.PHONY: help demo test unit lint types soak bench docs lock wheel clean root system
+.PHONY: help demo test unit lint types kernels soak bench docs lock wheel install install-files visible uninstall clean root system
 help:
-	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 16
+	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 17
 
 demo: root system .venv/run.stamp ## a cluster of three hosts on this machine, shown and taken down again; needs root
 	@$(BIN)/overlay-agent lab demo
@@ -43,6 +43,7 @@ lint: .venv/dev.stamp ## format, style and layering
 types: .venv/dev.stamp ## mypy --strict
 	$(BIN)/mypy
 
+bench: PROGRAMS += iperf3:iperf3
 bench: root system .venv-bench/run.stamp ## measure all that docs/benchmarks.md and docs/scale.md say; needs root
 	.venv-bench/bin/python -m tests.bench \
 	  --json docs/benchmarks.json --markdown docs/benchmarks.md --scale docs/scale.md
@@ -51,9 +52,13 @@ soak: PROGRAMS += etcdctl:etcd-client
 soak: root system .venv/dev.stamp ## random faults for MINUTES (10), under pings that may not be lost; needs root
 	$(BIN)/python -m tests.faults.soak --minutes $(or $(MINUTES),10) $(if $(SEED),--seed $(SEED))
 
+kernels: PROGRAMS += qemu-system-x86_64:qemu-system-x86 busybox:busybox-static
+kernels: root system .venv/dev.stamp ## the core scenarios, and bad links, on Debian's kernel in an emulator; needs root
+	$(BIN)/python -m tests.kernels $(if $(PACKAGE),--package $(PACKAGE))
+
 docs: .venv/run.stamp ## regenerate the configuration reference and the example from the options
-	$(BIN)/python -m overlay.options > docs/configuration.md
-	$(BIN)/python -m overlay.options example > deploy/overlay-agent.toml
+	$(BIN)/python -m overlay.reference > docs/configuration.md
+	$(BIN)/python -m overlay.reference example > deploy/overlay-agent.toml
 
 # `make lock UV_OPTIONS=--upgrade` moves to the newest versions; without it only what pyproject.toml calls for changes.
 lock: ## bring the lock files in line with pyproject.toml
@@ -66,6 +71,47 @@ lock: ## bring the lock files in line with pyproject.toml
 wheel: .venv/run.stamp ## build dist/overlay_agent-*.whl
 	@$(BIN)/$(PIP) wheel --no-deps --no-build-isolation --no-index --wheel-dir dist .
 	@ls dist/*.whl
+
+# Where things go; DESTDIR= stages all of it below another directory. deploy/overlay-agent.service names $(prefix)/bin.
+prefix ?= /usr/local
+sysconfdir ?= /etc
+PROGRAM = $(prefix)/lib/overlay-agent
+UNIT = $(sysconfdir)/systemd/system/overlay-agent.service
+EXAMPLE = $(sysconfdir)/overlay-agent/overlay-agent.toml
+# file:destination; docs/host.md says what each is for.
+NETWORK = deploy/network/NetworkManager.conf:$(sysconfdir)/NetworkManager/conf.d/90-overlay-agent.conf \
+  deploy/network/overlay-agent.network:$(sysconfdir)/systemd/network/05-overlay-agent.network \
+  deploy/network/overlay-agent.link:$(sysconfdir)/systemd/network/05-overlay-agent.link \
+  deploy/network/networkd.conf:$(sysconfdir)/systemd/networkd.conf.d/90-overlay-agent.conf
+
+# The new program is complete before it takes the place of the old one; its paths are those it has in the end.
+install: visible wheel install-files ## put the program, its unit and the files of docs/host.md in place; starts nothing
+	@new="$(DESTDIR)$(PROGRAM).new"; rm -rf "$$new"; \
+	$(PYTHON) -m venv --without-pip "$$new"; \
+	$(BIN)/$(PIP) --python "$$new/bin/python" install --require-hashes -r requirements.lock; \
+	$(BIN)/$(PIP) --python "$$new/bin/python" install --no-deps --no-index "$$(ls -t dist/*.whl | head -1)"; \
+	sed -i "s|$$new|$(PROGRAM)|" "$$new/bin/overlay-agent"; \
+	rm -rf "$(DESTDIR)$(PROGRAM)"; mv "$$new" "$(DESTDIR)$(PROGRAM)"; \
+	install -d "$(DESTDIR)$(prefix)/bin"; ln -sfn "$(PROGRAM)/bin/overlay-agent" "$(DESTDIR)$(prefix)/bin/overlay-agent"
+	@echo "Installed. Next: edit $(EXAMPLE), then systemctl daemon-reload && systemctl enable --now overlay-agent"
+
+visible:
+	@home=$$($(PYTHON) -c 'import sys; print(sys.base_prefix)'); \
+	if [[ -z "$(DESTDIR)" && "$$home" =~ ^/(root|home)/ ]]; then \
+	  echo "The service cannot see $$home (ProtectHome=yes). Name another Python: make install PYTHON=/usr/bin/python3"; \
+	  exit 1; fi
+
+install-files: # the part that needs neither Python nor a network
+	@for pair in $(NETWORK); do install -D -m 644 "$${pair%:*}" "$(DESTDIR)$${pair#*:}"; done
+	@install -d "$(DESTDIR)$(dir $(UNIT))"
+	@sed 's|^ExecStart=/usr/local/bin/|ExecStart=$(prefix)/bin/|' deploy/overlay-agent.service > "$(DESTDIR)$(UNIT)"
+	@chmod 644 "$(DESTDIR)$(UNIT)"
+	@[ -e "$(DESTDIR)$(EXAMPLE)" ] || install -D -m 644 deploy/overlay-agent.toml "$(DESTDIR)$(EXAMPLE)"
+
+uninstall: ## remove what install has put in place, but for the options; the dataplane stays as it is
+	@rm -rf "$(DESTDIR)$(PROGRAM)" "$(DESTDIR)$(PROGRAM).new"
+	@rm -f "$(DESTDIR)$(prefix)/bin/overlay-agent" "$(DESTDIR)$(UNIT)"
+	@for pair in $(NETWORK); do rm -f "$(DESTDIR)$${pair#*:}"; done
 
 clean: ## remove .venv and all that was built
 	rm -rf .venv .venv-bench build dist *.egg-info .coverage .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -5,15 +5,15 @@ needs them: most of the time a start takes is imports.
 """
 
 import argparse
-import dataclasses
 import gc
 import os
 import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -33,15 +33,19 @@ from overlay.options import (
 )
 
 if TYPE_CHECKING:
-    from overlay.device import DeviceSpec, Underlay
+    from overlay.device import Underlay
+    from overlay.firewall import Rules
     from overlay.kernel import Kernel
     from overlay.loops import Loops
+    from overlay.nft import Nftables
     from overlay.notify import Notifier
-    from overlay.reconciler import Reconciler
+    from overlay.presence import Presence
+    from overlay.reconciler import Plan, Reconciler
+    from overlay.sysctl import Ledger
     from subnet_lease.cache import Cached, CacheWriter
     from subnet_lease.etcd import EtcdStore
-    from subnet_lease.keeper import Keeper
-    from subnet_lease.model import Lease, LeaseAttrs, NetworkConfig, Prefix
+    from subnet_lease.keeper import Identity, Keeper
+    from subnet_lease.model import Lease, NetworkConfig, Prefix
     from subnet_lease.store import Changes, Snapshot
 
 Chosen = TypeVar("Chosen", bound=EtcdOptions)
@@ -107,9 +111,9 @@ def _fill_reserve(parser: argparse.ArgumentParser) -> None:
 
 
 def _fill_unreserve(parser: argparse.ArgumentParser) -> None:
-    from overlay.reservations import subnet_argument
+    from overlay.reservations import subnets_argument
 
-    parser.add_argument("subnet", metavar="SUBNET", type=subnet_argument, help="as 10.5.34.0/24")
+    parser.add_argument("subnet", metavar="SUBNET", type=subnets_argument, help="as 10.5.34.0/24")
     add_arguments(parser, EtcdOptions)
 
 
@@ -262,21 +266,25 @@ def _claim() -> Any:
         ) from None
 
 
-def _public_ip(options: HostOptions) -> bytes | None:
-    from subnet_lease.model import pack_address
+def _find_underlay(options: HostOptions, present: "Underlay | None" = None) -> "Underlay":
+    """The choice by the options; NoUnderlay if nothing fits."""
+    from overlay.underlay import Wish, find_underlay
 
-    return pack_address(options.public_ip) if options.public_ip else None
+    wish = Wish(options.iface, options.iface_regex, options.iface_can_reach, options.public_addresses)
+    return find_underlay(wish, present)
 
 
-def _underlay(options: HostOptions, device: str) -> "Underlay":
-    from overlay.underlay import NoUnderlay, find_underlay
+def _underlay(options: HostOptions, config: "NetworkConfig", own: "Sequence[Prefix]" = ()) -> "Underlay":
+    """What carries this configuration's overlay; Refusal if nothing does. `own` as in `netconf.fit`."""
+    from overlay.netconf import Unfit, fit
+    from overlay.underlay import NoUnderlay
 
     try:
-        return find_underlay(
-            options.iface, options.iface_regex, options.iface_can_reach, _public_ip(options), vni_device=device
-        )
+        return fit(config, _find_underlay(options), options.public_addresses, own)
     except NoUnderlay as error:
         raise Refusal(str(error)) from None
+    except Unfit as error:
+        raise Refusal(f"the network configuration cannot be used on this host: {error}") from None
 
 
 # --- run ---------------------------------------------------------------------------------------------------------
@@ -316,12 +324,19 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
     import structlog
 
     from overlay import subnet_file
-    from overlay.device import device_name, occupied_links, overlay_mtu
+    from overlay.backends import backend_of
+    from overlay.checksum_watch import ChecksumWatch
+    from overlay.dataplane import HostDataplane
+    from overlay.device import Underlay
     from overlay.kernel import Kernel
+    from overlay.netconf import Unfit, fit, remarks
+    from overlay.offload import examine
     from overlay.reconciler import Reconciler, Stop
+    from overlay.surroundings import Surroundings
+    from overlay.underlay import Monitor, NoUnderlay
+    from overlay.underlay_watch import UnderlayWatch
     from subnet_lease.config_watch import ConfigWatch
     from subnet_lease.keeper import Keeper
-    from subnet_lease.model import format_address
     from subnet_lease.watcher import Watcher
 
     log = structlog.get_logger("agent")
@@ -331,23 +346,18 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
 
     value, cached = _first_config(options, store, notifier, loops, log)
     config = _usable_config(options, value)
-    _report_unused(config, log)
-    underlay = _underlay(options, device_name(config.backend.vni))
-    for address in {underlay.address, _public_ip(options) or underlay.address}:
-        if config.block.holds(address):
-            raise Refusal(
-                f"the network configuration in {options.etcd_prefix}/config cannot be used: Network: {config.block} "
-                f"contains this host's own address {format_address(address)}; choose one that holds no host"
-            )
-    try:
-        mtu = overlay_mtu(underlay.mtu, config.backend.mtu)
-    except ValueError as error:
-        raise Refusal(f"interface {underlay.name} cannot carry an overlay: {error}") from None
+    preferred = subnet_file.read(options.subnet_file)
+    # What lies in the subnets this host has had is its pods', even if it gets others.
+    had = list(preferred)
+    underlay = _underlay(options, config, had)
+    backend = backend_of(config)
+    assert backend is not None, "it is usable"
     kernel = Kernel()
     loops.at_end(kernel.close)
-    extra: dict[str, object] = {"MTU": mtu}
-    attrs_for = _own_attrs(options, config, underlay, extra, kernel)
-    log.info("underlay_chosen", interface=underlay.name, mtu=underlay.mtu, why=underlay.why)
+    presence = _presence(options, config, underlay, kernel)
+    for event, facts in remarks(config, underlay):
+        log.warning(event, **facts)
+    _say_underlay(log, "underlay_chosen", underlay)
 
     watcher: Watcher | None = None
     first: list[tuple[Lease, Snapshot | None]] = []
@@ -355,6 +365,7 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
 
     def held(lease: "Lease") -> None:
         """The first lease is what the loops begin with; after another one the table starts over from a snapshot."""
+        had.extend(subnet for subnet in lease.subnets if subnet not in had)
         with handover:
             if watcher is None:
                 first[:] = [(lease, keeper.take_snapshot())]
@@ -367,46 +378,50 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
         reconciler.post(fact)
         keeper.saw(fact)
 
-    preferred = subnet_file.read(options.subnet_file)
-    if preferred is not None:
-        # What lies in the subnet this host had is its pods', even if it gets another one.
-        links = tuple(link for link in underlay.links if not preferred.covers(link))
-        underlay = dataclasses.replace(underlay, links=links)
+    nftables = _nftables()
+    loops.at_end(nftables.close)
+    surroundings = Surroundings(partial(_rules, options, config), nftables, _ledger(options), log)
     keeper = Keeper(
         store,
         config,
-        attrs_for(None).public_ip,
-        attrs_for,
+        _identity(presence),
+        presence.attrs,
         ttl=options.subnet_lease_ttl,
         renew_margin=options.subnet_lease_renew_margin,
         preferred=preferred,
-        avoid=occupied_links(underlay, config.block, preferred),
+        avoid=underlay.links,
         assumed=cached.own if cached else None,
         on_lease=held,
     )
     notifier.status("waiting for a subnet")
     if cached:
+        had.extend(cached.own.subnets)
         first.append((cached.own, None))
     loops.start("keeper", keeper.run, keeper.stop)
     while not first:
         loops.pause(None)
     with handover:
         lease, snapshot = first.pop()
+        checksums = ChecksumWatch(examine, lambda seconds: reconciler.survey(seconds), log)
         reconciler = Reconciler(
-            kernel,
+            HostDataplane(kernel, nftables, surroundings.disturbed),
             config,
             underlay,
             lease,
-            prepare=_surroundings(options, config, log),
-            on_ready=_announcement(options, config, notifier, log),
+            prepare=surroundings.prepare,
+            protect=surroundings.protect,
+            on_ready=_announcement(options, config, notifier, [checksums.changed, surroundings.look_around], log),
             clock=time.monotonic,
+            # Without tunnels there is nothing to guard, and without masquerading then no table to list anything in.
+            listed=options.ip_masq or (options.source_guard != "off" and backend.tunnels),
+            nexthops=options.nexthop_objects,
         )
         watcher = Watcher(store, deliver, first=snapshot)
     if cached:
         reconciler.post(cached.snapshot)
     # This function lasts as long as the agent; all leases in raw form need not.
     snapshot = cached = None
-    notifier.status(f"setting up {lease.subnet}")
+    notifier.status(f"setting up {lease}")
     loops.start("reconciler", reconciler.run, lambda: reconciler.post(Stop()))
     loops.start("watcher", watcher.run, watcher.stop)
     if options.state_dir:
@@ -418,15 +433,37 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
         if new is None:
             log.warning("config_gone", key=f"{options.etcd_prefix}/config", effect="the network goes on as it was")
             return
-        change = _live_config(options, config, new, underlay, log)
-        if change is not None:
-            config, extra["MTU"] = change
+        changed = _live_config(options, config, new, underlay, log)
+        if changed is not None:
+            presence.config = config = changed
             value = new
-            keeper.use(config)
+            keeper.use(config=config)
             reconciler.post(config)
 
-    config_watch = ConfigWatch(store, value, reconfigured)
+    def find(present: Underlay) -> Underlay:
+        return fit(config, _find_underlay(options, present), options.public_addresses, tuple(had))
+
+    def moved(found: Underlay) -> None:
+        nonlocal underlay
+        _say_underlay(log, "underlay_changed", found)
+        gone = set(underlay.addresses) - set(found.addresses)
+        presence.underlay = underlay = found
+        # The device first: what peers learn from the lease must be true by then.
+        reconciler.post(found)
+        if gone:
+            # The connection may have been from there, and it would take seconds to notice.
+            store.reconnect()
+        keeper.use(identity=_identity(presence))
+        watcher.relist()
+
+    config_watch = ConfigWatch(store, value, reconfigured, lambda reason: log.warning("store_denied", reason=reason))
     loops.start("config", config_watch.run, config_watch.stop)
+    events = Monitor()
+    loops.at_end(events.close)
+    underlay_watch = UnderlayWatch(events, find, (NoUnderlay, Unfit), underlay, moved, log)
+    loops.start("underlay", underlay_watch.run, underlay_watch.stop)
+    if options.checksum_probe:
+        loops.start("checksums", checksums.run, checksums.stop)
     _serve_health(options, reconciler, loops, stack)
     while True:
         if loops.pause(notifier.watchdog_interval):
@@ -469,7 +506,6 @@ def _last_table(options: Options) -> "Cached | None":
     """The last table on disk, None if there is none that holds for this host as it is now."""
     if not options.state_dir:
         return None
-    from overlay.device import device_name
     from subnet_lease import cache
 
     cached = cache.read(Path(options.state_dir) / cache.FILE, time.time())
@@ -477,73 +513,57 @@ def _last_table(options: Options) -> "Cached | None":
         return None
     try:
         config = _usable_config(options, cached.config)
-        address = _public_ip(options) or _underlay(options, device_name(config.backend.vni)).address
+        presence = _presence(options, config, _underlay(options, config))
     except Refusal:
         return None
-    return cached if cached.own.attrs.public_ip == address and cached.own.attrs.vtep is not None else None
+    attrs, now = cached.own.attrs, presence.attrs(cached.own)
+    # A host that has moved, or gained or lost a family below, has to say so before peers can reach it.
+    return cached if attrs._replace(mtu=0, extra={}) == now._replace(mtu=0, extra={}) else None
 
 
 def _usable_config(options: EtcdOptions, value: bytes) -> "NetworkConfig":
     """The configuration, decoded; Refusal if it cannot be used."""
-    from overlay.device import MAX_DEVICE_NAME, device_name
-    from subnet_lease.model import ConfigInvalid, NetworkConfig
+    from overlay.netconf import usable
+    from subnet_lease.model import ConfigInvalid
 
     try:
-        config = NetworkConfig.parse(value)
-        if config.backend.type != "vxlan":
-            raise ConfigInvalid("Backend.Type", f"{config.backend.type!r} is not supported, only 'vxlan' is")
-        if len(name := device_name(config.backend.vni)) > MAX_DEVICE_NAME:
-            raise ConfigInvalid("Backend.VNI", f"{name} is longer than the {MAX_DEVICE_NAME} characters Linux allows")
-        if config.enable_ipv6 or not config.enable_ipv4:
-            raise ConfigInvalid("EnableIPv6", "only IPv4 overlays are supported")
+        return usable(value)
     except ConfigInvalid as error:
         raise Refusal(f"the network configuration in {options.etcd_prefix}/config cannot be used: {error}") from None
-    return config
-
-
-def _report_unused(config: "NetworkConfig", log: Any) -> None:
-    """Say what of the configuration has no effect."""
-    if config.unknown:
-        log.warning("config_keys_unknown", keys=list(config.unknown))
-    if config.backend.direct_routing:
-        log.warning("direct_routing_ignored", reason="packets to all peers take the tunnel, which works everywhere")
 
 
 def _live_config(
     options: Options, old: "NetworkConfig", value: bytes, underlay: "Underlay", log: Any
-) -> "tuple[NetworkConfig, int] | None":
-    """A changed configuration and the MTU it gives, if a running agent can take it over; else None, and why is said."""
-    from overlay.device import overlay_mtu
-    from subnet_lease.model import LIVE_SETTINGS, changed_settings
+) -> "NetworkConfig | None":
+    """A changed configuration, if a running agent can take it over; else None, and why is said."""
+    from overlay import netconf
 
     remedy = f"correct {options.etcd_prefix}/config; until then the network goes on as it was"
     try:
         new = _usable_config(options, value)
-        mtu = overlay_mtu(underlay.mtu, new.backend.mtu)
-    except (Refusal, ValueError) as error:
+        fixed = netconf.fixed_changes(old, new)
+        if not fixed:
+            netconf.fit(new, underlay, options.public_addresses)
+    except (Refusal, netconf.Unfit) as error:
         log.error("config_unusable", reason=str(error), remedy=remedy)
         return None
-    changes = changed_settings(old, new)
-    fixed = {name: change for name, change in changes.items() if name not in LIVE_SETTINGS}
     if fixed:
         log.error(
             "config_needs_restart",
-            changes=[f"{name}: {before} -> {after}" for name, (before, after) in fixed.items()],
+            changes=fixed,
             remedy="restart all agents, or put the old value back; until then the network goes on as it was",
         )
         return None
-    log.info("config_changed", changes=[f"{name}: {before} -> {after}" for name, (before, after) in changes.items()])
-    _report_unused(new, log)
-    return new, mtu
+    log.info("config_changed", changes=netconf.all_changes(old, new))
+    for event, facts in netconf.remarks(new, underlay):
+        log.warning(event, **facts)
+    return new
 
 
 def _table_cache(
     options: Options, config: "Callable[[], bytes]", keeper: "Keeper", reconciler: "Reconciler", log: Any
 ) -> "CacheWriter":
     """What keeps the last table on disk. `config` gives the network configuration in use."""
-    import queue
-
-    from overlay.reconciler import Survey
     from subnet_lease.cache import FILE, Cached, CacheWriter
     from subnet_lease.keeper import boot_clock
     from subnet_lease.store import Snapshot
@@ -553,47 +573,47 @@ def _table_cache(
         return (state.revision, keeper.ends_at, config()) if state.ready and keeper.ends_at else None
 
     def collect() -> "tuple[Cached, list[Lease]] | None":
-        answers: queue.SimpleQueue[tuple[list[Lease], int, int]] = queue.SimpleQueue()
-        reconciler.post(Survey(lambda *answer: answers.put(answer)))
         lease, ends_at, now = keeper.lease, keeper.ends_at, time.time()
-        try:
-            peers, revision, cluster = answers.get(timeout=STALLED)
-        except queue.Empty:
-            return None
-        if lease is None:
+        found = reconciler.survey(STALLED)
+        if found is None or lease is None:
             return None
         until = None if lease.reserved else now + ends_at - boot_clock()
-        return Cached(config(), lease, until, Snapshot((), revision, cluster), now), peers
+        return Cached(config(), lease, until, Snapshot((), found.revision, found.cluster), now), found.leases
 
     return CacheWriter(Path(options.state_dir) / FILE, mark, collect, log)
 
 
-def _own_attrs(
-    options: Options, config: "NetworkConfig", underlay: "Underlay", facts: "Mapping[str, object]", kernel: "Kernel"
-) -> "Callable[[Lease | None], LeaseAttrs]":
-    """What this host publishes, given its previous lease; `facts`, which may change, go into JSON keys of our own.
+def _presence(
+    options: Options, config: "NetworkConfig", underlay: "Underlay", kernel: "Kernel | None" = None
+) -> "Presence":
+    """What this host says of itself; `kernel` is asked for the devices it has."""
+    from overlay.backends import V4, V6
+    from overlay.device import device_name
+    from overlay.presence import Presence
 
-    A host keeps its MAC for life, from its lease, else from the device it has, else derived from its identity: flanneld
-    does not follow a change in every case.
-    """
-    from overlay.device import derived_mac, device_name
-    from subnet_lease.model import LeaseAttrs, Vtep, format_address, is_device_mac
+    macs = {}
+    for family in (V4, V6):
+        found = kernel.find_device(device_name(config.backend.vni, family)) if kernel else None
+        if found is not None and found.kind == "vxlan":
+            macs[family] = found.mac
+    about = {"NodeName": options.node_name or os.uname().nodename, "AgentVersion": overlay.__version__}
+    return Presence(config, underlay, options.public_addresses, macs, _machine_id(), about)
 
-    vni = config.backend.vni
-    public_ip = _public_ip(options) or underlay.address
-    found = kernel.find_device(device_name(vni))
-    derived = derived_mac(_machine_id(), format_address(public_ip), str(vni))
-    initial = found.mac if found and found.kind == "vxlan" else derived
-    who = {"NodeName": options.node_name or os.uname().nodename, "AgentVersion": overlay.__version__}
 
-    def attrs_for(previous: "Lease | None") -> LeaseAttrs:
-        known = previous.attrs.vtep if previous else None
-        if known is not None and not is_device_mac(known.mac):
-            known = None
-        extra = {**facts, **who}
-        return LeaseAttrs(public_ip, config.backend.type, Vtep(vni, known.mac if known else initial), extra=extra)
+def _identity(presence: "Presence") -> "Identity":
+    """By what the host's own record is known among all."""
+    from overlay.backends import V4, V6
+    from subnet_lease.keeper import Identity
 
-    return attrs_for
+    return Identity(presence.address(V4), presence.address(V6), tuple(presence.macs.values()))
+
+
+def _say_underlay(log: Any, event: str, underlay: "Underlay") -> None:
+    from subnet_lease.model import format_address
+
+    addresses = [format_address(address) for address in underlay.addresses]
+    facts = {"runner_up": underlay.runner_up} if underlay.runner_up else {}
+    log.info(event, interface=underlay.name, addresses=addresses, mtu=underlay.mtu, why=underlay.why, **facts)
 
 
 def _machine_id() -> str:
@@ -603,46 +623,64 @@ def _machine_id() -> str:
         return ""
 
 
-def _surroundings(options: Options, config: "NetworkConfig", log: Any) -> "Callable[[Lease, DeviceSpec], None]":
-    """What a device needs around it: forwarding and the firewall. What is changed is said, and what is refused."""
-    from overlay import firewall, nft, sysctl
+def _nftables() -> "Nftables":
+    from overlay.nft import Nftables, NftFailed
 
-    def prepare(lease: "Lease", spec: "DeviceSpec") -> None:
-        for outcome in (sysctl.enable_forwarding(), sysctl.ignore_router_advertisements(spec.name)):
-            match outcome:
-                case sysctl.Change():
-                    log.info("sysctl_set", name=outcome.name, before=outcome.before, after=outcome.after)
-                case sysctl.Refused():
-                    log.error("sysctl_refused", name=outcome.name, reason=outcome.reason, remedy=outcome.remedy)
-        try:
-            if options.ip_masq:
-                nft.apply(firewall.ruleset(config.block, lease.subnet, spec.name))
-            elif nft.has_table(firewall.TABLE):
-                nft.apply(firewall.removal())
-        except nft.NftFailed as error:
-            log.error("firewall_refused", reason=str(error))
+    try:
+        return Nftables()
+    except NftFailed as error:
+        raise Refusal(f"{error}; the source guard and masquerading need nftables") from None
 
-    return prepare
+
+def _rules(options: Options, config: "NetworkConfig", plan: "Plan") -> "Rules":
+    """The firewall rules that a plan calls for."""
+    from overlay.firewall import Rules
+
+    return Rules(
+        blocks=config.blocks,
+        subnets=plan.subnets,
+        devices=tuple(spec.name for spec in plan.devices),
+        port=config.backend.port,
+        masquerade=options.ip_masq,
+        exceptions=options.no_masquerade_cidr,
+        guard=options.source_guard,
+    )
+
+
+def _ledger(options: Options) -> "Ledger | None":
+    from overlay.sysctl import LEDGER, Ledger
+
+    return Ledger(Path(options.state_dir) / LEDGER) if options.state_dir else None
 
 
 def _announcement(
-    options: Options, config: "NetworkConfig", notifier: "Notifier", log: Any
-) -> "Callable[[Lease, DeviceSpec], None]":
-    """What happens once the dataplane is complete: containers may start."""
+    options: Options,
+    config: "NetworkConfig",
+    notifier: "Notifier",
+    then: "Sequence[Callable[[Plan], None]]",
+    log: Any,
+) -> "Callable[[Plan], None]":
+    """What happens once the dataplane is complete: containers may start, and `then` what can wait for that."""
     from overlay import subnet_file
+    from subnet_lease.model import format_subnets
 
-    def announce(lease: "Lease", spec: "DeviceSpec") -> None:
+    def announce(plan: "Plan") -> None:
         try:
-            subnet_file.write(options.subnet_file, config.block, lease.subnet, spec.mtu, options.ip_masq)
+            subnet_file.write(options.subnet_file, config.blocks, plan.subnets, plan.mtu, options.ip_masq)
         except OSError as error:
             log.error("subnet_file_refused", path=options.subnet_file, reason=os.strerror(error.errno or 0))
             return
-        log.info("ready", subnet=str(lease.subnet), device=spec.name, mtu=spec.mtu, subnet_file=options.subnet_file)
+        devices = [spec.name for spec in plan.devices]
+        log.info(
+            "ready", subnet=format_subnets(plan.subnets), devices=devices, mtu=plan.mtu, subnet_file=options.subnet_file
+        )
         # What a start needed and nothing needs any more goes back to the kernel, before systemd counts it.
         _trim_memory()
-        notifier.ready(f"{lease.subnet} on {spec.name}")
+        notifier.ready(f"{format_subnets(plan.subnets)} on {' and '.join(devices) or plan.underlay}")
         gc.freeze()
         gc.enable()
+        for each in then:
+            each(plan)
 
     return announce
 
@@ -664,7 +702,8 @@ def _serve_health(options: Options, reconciler: "Reconciler", loops: "Loops", st
     def ready() -> tuple[bool, str]:
         state = reconciler.state
         counts = (
-            f"{state.peers} peers, {state.entries} entries, {state.gap} not in place, {state.rejected} leases rejected"
+            f"{state.peers} peers, {state.entries} entries, {state.gap} not in place, "
+            f"{state.rejected} leases rejected, {state.unreachable} unreachable"
         )
         return state.ready, f"{'ready' if state.ready else 'not ready'}: {state.trouble or counts}"
 
@@ -693,9 +732,9 @@ def cleanup(options: Options, *, release: bool) -> int:
     from overlay import cleanup as work
     from overlay import logs, nft, preflight
     from overlay.kernel import Kernel, KernelRefused
+    from overlay.underlay import NoUnderlay
     from subnet_lease import cache
-    from subnet_lease.keeper import release_lease
-    from subnet_lease.model import format_address
+    from subnet_lease.keeper import Identity, release_lease
     from subnet_lease.store import StoreError
 
     logs.configure("warning", options.log_format, os.environ)
@@ -708,34 +747,43 @@ def cleanup(options: Options, *, release: bool) -> int:
         stack.enter_context(_claim())
         kernel = Kernel()
         stack.callback(kernel.close)
-        public_ip = _public_ip(options)
+        nftables = _nftables()
+        stack.callback(nftables.close)
+        addresses, macs = list(options.public_addresses), []
         nothing = True
         try:
             table = Path(options.state_dir) / cache.FILE if options.state_dir else None
-            for removed in work.cleanup(kernel, options.subnet_file, table):
+            for removed in work.cleanup(kernel, nftables, options.subnet_file, table, _ledger(options)):
                 nothing = False
                 print(f"removed {removed.what}")
-                public_ip = public_ip or removed.local
+                if removed.device is not None:
+                    addresses.append(removed.device.local)
+                    macs.append(removed.device.mac)
         except (KernelRefused, nft.NftFailed) as error:
             raise Refusal(f"cleanup is not complete: {error}") from None
         if nothing:
             print("nothing of the agent's is left on this host")
         if not release:
             return 0
-        if public_ip is None:
-            public_ip = _underlay(options, "").address
+        if not addresses:
+            try:
+                addresses += _find_underlay(options).addresses
+            except NoUnderlay as error:
+                raise Refusal(str(error)) from None
+        by_family = {len(address): address for address in reversed(addresses)}
+        identity = Identity(by_family.get(4), by_family.get(16), tuple(macs))
         store = _store(options)
         stack.callback(store.close)
         try:
-            lease = release_lease(store, public_ip)
+            lease = release_lease(store, identity)
         except StoreError as error:
-            raise Refusal(f"the lease of {format_address(public_ip)} is not released: {error}") from None
+            raise Refusal(f"the lease of {identity} is not released: {error}") from None
     if lease is None:
-        print(f"{format_address(public_ip)} holds no lease")
+        print(f"{identity} holds no lease")
     elif lease.reserved:
-        print(f"{lease.subnet} is reserved for {format_address(public_ip)} and stays so")
+        print(f"{lease} is reserved for {identity} and stays so")
     else:
-        print(f"released {lease.subnet}")
+        print(f"released {lease}")
     return 0
 
 
@@ -777,28 +825,30 @@ def leases(options: EtcdOptions, *, as_json: bool, ttl: bool) -> int:
         rows = listing.rows_of(network, snapshot)
         ttls = listing.times_left(store, rows) if ttl else None
     if as_json:
-        print(listing.as_json(network.block, snapshot.revision, rows, ttls or {}))
+        print(listing.as_json(network.blocks, snapshot.revision, rows, ttls or {}))
     else:
         columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        print(listing.as_text(network.block, rows, ttls, columns))
+        print(listing.as_text(network.blocks, rows, ttls, columns))
     return 0
 
 
-def reserve(options: EtcdOptions, subnet: "Prefix", public_ip: bytes) -> int:
-    """Reserve `subnet` for the host of `public_ip`."""
+def reserve(options: EtcdOptions, subnets: "tuple[Prefix, ...]", address: bytes) -> int:
+    """Reserve `subnets` for the host of `address`."""
     from overlay import reservations
+    from subnet_lease.model import format_subnets
 
-    with _operators_store(options, f"{subnet} is not reserved") as store:
-        print(reservations.reserve(store, _present_config(options, store), subnet, public_ip))
+    with _operators_store(options, f"{format_subnets(subnets)} is not reserved") as store:
+        print(reservations.reserve(store, _present_config(options, store), subnets, address))
     return 0
 
 
-def unreserve(options: EtcdOptions, subnet: "Prefix") -> int:
-    """Take the reservation of `subnet` back."""
+def unreserve(options: EtcdOptions, subnets: "tuple[Prefix, ...]") -> int:
+    """Take the reservation of `subnets` back."""
     from overlay import reservations
+    from subnet_lease.model import format_subnets
 
-    with _operators_store(options, f"the reservation of {subnet} stays as it was") as store:
-        print(reservations.unreserve(store, subnet))
+    with _operators_store(options, f"the reservation of {format_subnets(subnets)} stays as it was") as store:
+        print(reservations.unreserve(store, subnets))
     return 0
 
 

@@ -2,42 +2,42 @@
 
 Owns the namespaces `oal-<lab>-*`, everything in them, and `/run/overlay-agent/lab/<lab>/`; nothing in the machine's own
 namespace. The underlay is a bridge in the hub's namespace, where one etcd runs; each host is a namespace with `eth0` on
-that bridge, an agent, and a bridge `cni0` with pods, which are namespaces themselves.
+that bridge, an agent, and a bridge `cni0` with pods, which are namespaces themselves. `topology` says what else the
+underlay can be.
 
 All names follow from the lab's name, so that `down` needs no memory: whatever lives in a namespace of ours is ours,
 because the namespace is. That is what makes a lab safe to kill at any moment and to bring up again.
 """
 
 import contextlib
-import ipaddress
 import json
 import os
 import re
-import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self
 
-from overlay.netns import NETNS, Namespace, NamespaceError, Process, create, delete, end, inhabitants
-from subnet_lease.model import Lease, LeaseInvalid, decode_attrs, format_address, format_mac, parse_subnet_key
+from overlay.cluster_hosts import Host, LabError, Place, Pod, tail, wait_until
+from overlay.netns import NETNS, Process, create, delete, end, inhabitants
+from overlay.topology import LINKS, Topology, network_config
+from subnet_lease.model import Lease, LeaseInvalid, decode_attrs, parse_subnet_key
 from subnet_lease.store import Store, StoreError
 
 STATE_ROOT = Path("/run/overlay-agent/lab")
 
-UNDERLAY = ipaddress.IPv4Interface("172.30.0.1/16")
-"""The hub's address on the underlay; hosts follow from .11 on."""
+UNDERLAY = LINKS[0].hub[4]
+"""The hub's IPv4 address on the hosts' link; hosts follow from .11 on."""
 
 ETCD_ENDPOINT = f"http://{UNDERLAY.ip}:2379"
+"""Of a lab whose underlay has IPv4; see `Lab.etcd_endpoint`."""
 
-NETWORK_CONFIG: Mapping[str, Any] = {"Network": "10.244.0.0/16", "Backend": {"Type": "vxlan"}}
+NETWORK_CONFIG: Mapping[str, Any] = network_config()
 
 _NAME = re.compile(r"[a-z0-9]{1,12}")
 
@@ -53,228 +53,13 @@ Connect = Callable[[str], Store]
 
 Progress = Callable[[str], None]
 
-T = TypeVar("T")
-
-
-class LabError(NamespaceError):
-    """What stands in the lab's way, as one sentence for its user; an agent's or etcd's last words may follow."""
-
-
-def wait_until(
-    condition: Callable[[], T], seconds: float = 20, what: str = "what was waited for", interval: float = 0.02
-) -> T:
-    """The first truthy value of `condition`; LabError naming `what` if there is none within `seconds`."""
-    deadline = time.monotonic() + seconds
-    while not (value := condition()):
-        if time.monotonic() > deadline:
-            raise LabError(f"{what}: not within {seconds:g} s.")
-        time.sleep(interval)
-    return value
-
-
-class Place(Namespace):
-    """A namespace of a lab. `name` is what people call it: `hub`, `h1`, `h1p2`."""
-
-    def __init__(self, lab: "Lab", name: str) -> None:
-        super().__init__(lab.prefix + name)
-        self.lab = lab
-        self.name = name
-
-
-class Pod(Place):
-    """A pod: one address of its host's subnet on `eth0`."""
-
-    def __init__(self, host: "Host", number: int) -> None:
-        super().__init__(host.lab, f"{host.name}p{number}")
-        self.host = host
-        self.number = number
-
-    @property
-    def address(self) -> str:
-        """The first address of the subnet is the host's, the pods follow."""
-        return str(self.host.gateway.ip + self.number)
-
-
-class Host(Place):
-    """A host: `eth0` on the underlay, an agent, and pods."""
-
-    def __init__(self, lab: "Lab", number: int, pods: int) -> None:
-        super().__init__(lab, f"h{number}")
-        self.underlay_ip = str(UNDERLAY.ip + 9 + number)
-        self.mac = f"02:00:{ipaddress.IPv4Address(self.underlay_ip).packed.hex(':')}"
-        self.pods = [Pod(self, each + 1) for each in range(pods)]
-        self.subnet_file = lab.state / f"{self.name}.env"
-        self.state_dir = lab.state / f"{self.name}.state"
-        self._notify_path = lab.state / f"{self.name}.notify"
-        self._notify: socket.socket | None = None
-
-    # --- its agent ---
-
-    @property
-    def agent_pid(self) -> int | None:
-        """None if no agent runs."""
-        return self.lab.process(self.name)
-
-    def start_agent(self, *options: str) -> None:
-        """Start the agent; it is ready later: see `wait_ready`."""
-        self.close()
-        self._notify_path.unlink(missing_ok=True)
-        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._notify.bind(str(self._notify_path))
-        argv = [
-            *self.lab.agent_command,
-            # Not the machine's own configuration.
-            *("--config", os.devnull),
-            *("--etcd-endpoints", ETCD_ENDPOINT),
-            *("--iface", "eth0"),
-            *("--subnet-file", str(self.subnet_file)),
-            *("--state-dir", str(self.state_dir)),
-            *("--healthz-port", "0"),
-            *self.lab.agent_options,
-            *options,
-        ]
-        self.lab.start(self.name, self.inside(*argv), {"NOTIFY_SOCKET": str(self._notify_path)})
-
-    def wait_ready(self, seconds: float = 30) -> None:
-        """Until the agent says READY=1 (sd_notify(3)); LabError with the end of its log if it ends or takes longer."""
-        if self._notify is None:
-            raise LabError(f"{self.name}: no agent was started from here.")
-        deadline = time.monotonic() + seconds
-        with contextlib.ExitStack() as stack:
-            stack.callback(self.close)
-            watched: list[socket.socket | int] = [self._notify]
-            if (pid := self.agent_pid) is not None:
-                exit_handle = os.pidfd_open(pid)
-                stack.callback(os.close, exit_handle)
-                watched.append(exit_handle)
-            while pid is not None and (left := deadline - time.monotonic()) > 0:
-                readable = select.select(watched, [], [], left)[0]
-                if self._notify in readable:
-                    if b"READY=1" in self._notify.recv(4096).split(b"\n"):
-                        return
-                elif readable:
-                    break
-        what = f"is not ready after {seconds:g} s" if self.agent_pid else "has ended before it was ready"
-        raise LabError(f"the agent on {self.name} {what}; the end of its log:\n{_tail(self.log())}")
-
-    def kill_agent(self, number: signal.Signals = signal.SIGTERM, seconds: float = 10) -> int | None:
-        """Send the signal and wait for the exit. Its exit code, if this process started the agent."""
-        return self.lab.kill(self.name, number, seconds)
-
-    def log(self) -> str:
-        """All that the agents on this host have written."""
-        return self.lab.log(self.name)
-
-    def close(self) -> None:
-        """Stop listening for the agent's readiness."""
-        if self._notify is not None:
-            self._notify.close()
-            self._notify = None
-            self._notify_path.unlink(missing_ok=True)
-
-    # --- what it was given ---
-
-    @property
-    def subnet_env(self) -> dict[str, str]:
-        """The contents of `subnet.env`; empty if there is none."""
-        try:
-            lines = self.subnet_file.read_text().splitlines()
-        except FileNotFoundError:
-            return {}
-        return dict(line.split("=", 1) for line in lines if "=" in line)
-
-    @property
-    def gateway(self) -> ipaddress.IPv4Interface:
-        """The first address of the host's subnet, with its length; LabError if it has no subnet yet."""
-        try:
-            return ipaddress.IPv4Interface(self.subnet_env["FLANNEL_SUBNET"])
-        except KeyError:
-            raise LabError(f"{self.name} has no subnet yet; its log is {self.lab.log_path(self.name)}.") from None
-
-    @property
-    def subnet(self) -> str:
-        """As `10.244.7.0/24`; LabError if it has none yet."""
-        return str(self.gateway.network)
-
-    def attach_pods(self) -> None:
-        """Give the pods their addresses out of the present subnet: a bridge `cni0` and a veth pair for each."""
-        gateway, mtu = self.gateway, self.subnet_env["FLANNEL_MTU"]
-        if any(link["ifname"] == "cni0" for link in self.json("ip", "link")):
-            self.ip("link del cni0", *(f"link del p{pod.number}" for pod in self.pods))
-        self.ip(
-            f"link add cni0 mtu {mtu} type bridge",
-            f"addr add {gateway} dev cni0",
-            "link set cni0 up",
-            *(f"link add p{pod.number} mtu {mtu} type veth peer eth0 mtu {mtu} netns {pod.netns}" for pod in self.pods),
-            *(f"link set p{pod.number} master cni0 up" for pod in self.pods),
-        )
-        for pod in self.pods:
-            pod.ip(
-                "link set lo up",
-                f"addr add {pod.address}/{gateway.network.prefixlen} dev eth0",
-                "link set eth0 up",
-                f"route add default via {gateway.ip}",
-            )
-
-        def forwarding() -> bool:
-            return all(port["state"] == "forwarding" for port in self.json("bridge", "link"))
-
-        # The kernel opens a bridge's port some time after its link came up, later still when it is busy.
-        wait_until(forwarding, 10, f"all ports of cni0 on {self.name} forwarding")
-
-    # --- what its kernel holds ---
-
-    def peers(self, leases: Sequence[Lease]) -> "list[Peer]":
-        """For every lease but this host's own, what the kernel holds for it."""
-        remotes = {fdb["mac"]: fdb["dst"] for fdb in self.json("bridge", "fdb") if "dst" in fdb}
-        macs = {neighbour["dst"]: neighbour.get("lladdr", "") for neighbour in self.json("ip", "neigh")}
-        gateways = {nexthop["id"]: nexthop.get("gateway", "") for nexthop in self.json("ip", "nexthop")}
-        routes = {route["dst"]: route for route in self.json("ip", "route")}
-        peers = []
-        for lease in leases:
-            if format_address(lease.attrs.public_ip) == self.underlay_ip or lease.attrs.vtep is None:
-                continue
-            route = routes.get(str(lease.subnet), {})
-            nexthop = route.get("nhid", 0)
-            peers.append(
-                Peer(
-                    lease=lease,
-                    nexthop=nexthop,
-                    gateway=gateways.get(nexthop, "") if nexthop else route.get("gateway", ""),
-                    mac=macs.get(format_address(lease.subnet.base), ""),
-                    remote=remotes.get(format_mac(lease.attrs.vtep.mac), ""),
-                )
-            )
-        return peers
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """What one host's kernel holds for the lease of another; empty texts stand for missing entries.
-
-    The route to the subnet leads to `gateway`, through the nexthop object `nexthop` (0: none, a plain route); the
-    neighbour entry of the subnet's base address says `mac`; the FDB entry of the peer's MAC says `remote`.
-    """
-
-    lease: Lease
-    nexthop: int
-    gateway: str
-    mac: str
-    remote: str
-
-    @property
-    def programmed(self) -> bool:
-        """Whether all that it takes to reach the peer is in place."""
-        attrs, base = self.lease.attrs, format_address(self.lease.subnet.base)
-        wanted = base, format_mac(attrs.vtep.mac) if attrs.vtep else "", format_address(attrs.public_ip)
-        return (self.gateway, self.mac, self.remote) == wanted
-
 
 class Ping(NamedTuple):
-    """One echo request from pod `src` to pod `dst`; `rtt_ms` is None without an answer."""
+    """One echo request from pod `src` to an address of pod `dst`; `rtt_ms` is None without an answer."""
 
     src: str
     dst: str
+    family: int
     ok: bool
     rtt_ms: float | None
 
@@ -286,7 +71,9 @@ class Lab:
     """A cluster of `hosts` hosts with `pods` pods each. Building it makes nothing: see `up`, or the steps it takes.
 
     As a context manager it is up inside the block and gone after it. With `tied`, it is marked as this process's own,
-    for others to sweep away once the process is gone (`orphans`).
+    for others to sweep away once the process is gone (`orphans`). `underlay` names the address families that hosts have
+    there (a key of `topology.FAMILIES`); a `topology` says that and more. Agents are told their underlay by `--iface`,
+    or choose it by `underlay_options`, which may be none at all.
     """
 
     def __init__(
@@ -297,8 +84,11 @@ class Lab:
         hosts: int = 3,
         pods: int = 2,
         config: Mapping[str, Any] = NETWORK_CONFIG,
+        underlay: str = "4",
+        topology: Topology | None = None,
         agent_command: Sequence[str] = (sys.executable, "-P", "-m", "agent", "run"),
         agent_options: Sequence[str] = (),
+        underlay_options: Sequence[str] | None = None,
         tied: bool = False,
         state_root: Path = STATE_ROOT,
     ) -> None:
@@ -306,9 +96,11 @@ class Lab:
             raise LabError(f"{name[:40]!r} cannot name a lab: use 1 to 12 small letters and digits.")
         self.name = name
         self.prefix = f"oal-{name}-"
+        self.topology = topology or Topology(underlay)
         self.state = state_root / name
         self.agent_command = agent_command
         self.agent_options = agent_options
+        self.underlay_options = underlay_options
         self._connect = connect
         self._config = config
         self._owner = Process.of(os.getpid()) if tied else None
@@ -327,6 +119,7 @@ class Lab:
         if saved is None or not lab.hub.exists:
             raise LabError(f"there is no lab {name!r}; bring it up with: {command_line()} lab up{name_option(name)}")
         lab._pods = saved["pods"]
+        lab.topology = Topology.decode(saved["topology"])
         lab.hosts = [Host(lab, number + 1, lab._pods) for number in range(saved["hosts"])]
         lab._processes = {key: Process(*value) for key, value in saved["processes"].items()}
         return lab
@@ -364,16 +157,21 @@ class Lab:
                 if self._remove():
                     progress(f"removed what was left of an earlier lab {self.name!r}")
                 self.make_network()
-                progress(f"network: {_count(self.hosts, 'host')} on {UNDERLAY.network}, {_count(self.pods, 'pod')}")
+                blocks = [
+                    str(link.hub[each].network) for link in self.topology.links for each in self.topology.families
+                ]
+                on = " and ".join(blocks)
+                progress(f"network: {_count(self.hosts, 'host')} on {on}, {_count(self.pods, 'pod')}")
                 self.start_etcd()
                 self.write_config(self._config)
-                progress(f"etcd: answers at {ETCD_ENDPOINT}, network configuration written")
+                progress(f"etcd: answers at {self.etcd_endpoint()}, network configuration written")
                 for host in self.hosts:
                     host.start_agent()
                 for host in self.hosts:
                     host.wait_ready(30 + len(self.hosts))
                     host.attach_pods()
-                    progress(f"{host.name}: {host.subnet} leased, {_count(host.pods, 'pod')} attached")
+                    subnets = " and ".join(host.subnets.values())
+                    progress(f"{host.name}: {subnets} leased, {_count(host.pods, 'pod')} attached")
                 self.wait_converged()
                 progress("every host knows every other")
             except BaseException:
@@ -444,39 +242,18 @@ class Lab:
         self.state.mkdir(parents=True)
         self._save()
         create(place.netns for place in (self.hub, *self.hosts, *self.pods))
-        self.hub.ip(
-            "link set lo up",
-            # An address of its own: a bridge takes its ports' least, and a new port would make all ARP entries wrong.
-            "link add underlay0 address 02:00:ac:1e:00:01 type bridge",
-            f"addr add {UNDERLAY} dev underlay0",
-            "link set underlay0 up",
-        )
+        self.hub.ip(*self.topology.hub_lines())
+        if self.topology.beyond:
+            self.hub.run("sh", "-c", self.topology.router_script())
         self._plug_in(self.hosts)
 
     def _plug_in(self, hosts: Sequence[Host]) -> None:
-        lines: list[str] = []
+        self.hub.ip(*(line for host in hosts for line in host.seat.hub_lines(host.netns)))
+        # All namespaces share one table of 1024 learnt neighbours (gc_thresh3 in net/core/neighbour.c), which 32 hosts
+        # that know one another fill; permanent entries do not count.
+        told = self.hosts if len(self.hosts) > 20 else []
         for host in hosts:
-            lines += [
-                f"link add {host.name} type veth peer name eth0 address {host.mac} netns {host.netns}",
-                f"link set {host.name} master underlay0 up",
-            ]
-        self.hub.ip(*lines)
-        for host in hosts:
-            host.ip(
-                "link set lo up",
-                f"addr add {host.underlay_ip}/{UNDERLAY.network.prefixlen} dev eth0",
-                "link set eth0 up",
-                f"route add default via {UNDERLAY.ip}",
-                *(f"neigh add {peer.underlay_ip} lladdr {peer.mac} dev eth0" for peer in self._too_many_to_ask(host)),
-            )
-
-    def _too_many_to_ask(self, host: Host) -> list[Host]:
-        """The peers whose MACs a host is told, as all hosts of a large lab are, so that they need no ARP.
-
-        All namespaces share one table of 1024 learnt neighbours (gc_thresh3 in net/core/neighbour.c), which 32 hosts
-        that know one another fill; permanent entries do not count.
-        """
-        return [peer for peer in self.hosts if peer is not host] if len(self.hosts) > 20 else []
+            host.ip(*host.seat.host_lines(peer.seat for peer in told if peer is not host))
 
     def add_host(self) -> Host:
         """One more host on the underlay, its pods' namespaces included; its agent is the caller's to start."""
@@ -494,6 +271,11 @@ class Lab:
             self._store = self._connect(f"unix://{self.state / _ETCD_SOCKET}")
         return self._store
 
+    def etcd_endpoint(self, family: int | None = None) -> str:
+        """Where hosts find etcd, by this family, or by the first that the underlay has."""
+        address = LINKS[0].hub[family or self.topology.families[0]].ip
+        return f"http://{address}:2379" if address.version == 4 else f"http://[{address}]:2379"
+
     @property
     def etcd_pid(self) -> int | None:
         """None if etcd does not run."""
@@ -504,10 +286,11 @@ class Lab:
         # A killed etcd leaves its socket behind, and would not start over it.
         (self.state / _ETCD_SOCKET).unlink(missing_ok=True)
         peer = "http://127.0.0.1:2380"
+        endpoints = ",".join(map(self.etcd_endpoint, self.topology.families))
         argv = [
             *("etcd", "--name", "lab", "--data-dir", str(self.state / "etcd")),
-            *("--listen-client-urls", f"{ETCD_ENDPOINT},unix://{_ETCD_SOCKET}"),
-            *("--advertise-client-urls", ETCD_ENDPOINT),
+            *("--listen-client-urls", f"{endpoints},unix://{_ETCD_SOCKET}"),
+            *("--advertise-client-urls", endpoints),
             *("--listen-peer-urls", peer, "--initial-advertise-peer-urls", peer, "--initial-cluster", f"lab={peer}"),
             # Alone, it has nobody to wait for before it elects itself.
             *("--heartbeat-interval", "20", "--election-timeout", "100"),
@@ -517,7 +300,7 @@ class Lab:
 
         def answers() -> bool:
             if self.etcd_pid is None:
-                raise LabError(f"etcd has ended at once; the end of its log:\n{_tail(self.log('etcd'))}")
+                raise LabError(f"etcd has ended at once; the end of its log:\n{tail(self.log('etcd'))}")
             try:
                 self.store.read_config()
             except StoreError:
@@ -543,6 +326,13 @@ class Lab:
         """Put the network configuration, as an operator would."""
         self.store.write_config(json.dumps(config).encode())
 
+    def reconfigure(self, config: Mapping[str, Any]) -> None:
+        """Write another network configuration, and have all agents look at it now: they would within a minute."""
+        self.write_config(config)
+        for host in self.hosts:
+            if (pid := host.agent_pid) is not None:
+                os.kill(pid, signal.SIGHUP)
+
     def leases(self) -> list[Lease]:
         """All leases in etcd that can be read, by subnet."""
         found = []
@@ -552,32 +342,32 @@ class Lab:
                 attrs = decode_attrs(record.value)
                 revisions = record.create_revision, record.mod_revision
                 found.append(Lease(subnet, subnet6, attrs, record.etcd_lease, *revisions))
-        return sorted(found, key=lambda lease: lease.subnet)
+        return sorted(found, key=lambda lease: lease.subnets)
 
     def wait_converged(self, seconds: float = 30) -> None:
         """Until every host has a lease, and its kernel all that it takes to reach every other."""
 
         def converged() -> bool:
             leases = self.leases()
-            holders = {format_address(lease.attrs.public_ip) for lease in leases}
             return all(
-                host.underlay_ip in holders and all(peer.programmed for peer in host.peers(leases))
+                any(map(host.holds, leases)) and all(peer.programmed for peer in host.peers(leases))
                 for host in self.hosts
             )
 
         wait_until(converged, seconds, "all hosts in the kernels of all hosts")
 
     def ping_all(self) -> list[Ping]:
-        """One echo request from every pod to every other, a few at a time."""
+        """One echo request from every pod to every other, a few at a time, to each address."""
 
-        def ping(src: Pod, dst: Pod) -> Ping:
-            answer = src.run("ping", "-n", "-c", "1", "-W", "1", dst.address)
+        def ping(src: Pod, dst: Pod, family: int) -> Ping:
+            answer = src.run("ping", "-n", "-c", "1", "-W", "1", dst.addresses[family])
             found = re.search(r"time=([0-9.]+) ms", answer.stdout)
-            return Ping(src.name, dst.name, answer.returncode == 0, float(found[1]) if found else None)
+            return Ping(src.name, dst.name, family, answer.returncode == 0, float(found[1]) if found else None)
 
-        pairs = [(src, dst) for src in self.pods for dst in self.pods if src is not dst]
+        pods = self.pods
+        ways = [(src, dst, family) for src in pods for dst in pods if src is not dst for family in dst.addresses]
         with ThreadPoolExecutor(8) as threads:
-            return list(threads.map(lambda pair: ping(*pair), pairs))
+            return list(threads.map(lambda way: ping(*way), ways))
 
     # --- its processes ---
 
@@ -631,6 +421,7 @@ class Lab:
         state = {
             "hosts": len(self.hosts),
             "pods": self._pods,
+            "topology": self.topology.encode(),
             "processes": self._processes,
             "owner": self._owner,
         }
@@ -640,7 +431,7 @@ class Lab:
 
 
 def saved_state(directory: Path) -> dict[str, Any] | None:
-    """What a lab has noted in its directory: numbers of hosts and pods, processes, owner. None if there is nothing."""
+    """What a lab has noted in its directory: hosts, pods, topology, processes, owner. None if there is nothing."""
     try:
         saved: dict[str, Any] = json.loads((directory / "lab.json").read_text())
     except FileNotFoundError:
@@ -674,10 +465,6 @@ def command_line() -> str:
         return name
     here = Path.cwd()
     return str(called.relative_to(here)) if called.is_relative_to(here) else str(called)
-
-
-def _tail(text: str, lines: int = 12) -> str:
-    return "\n".join("  " + line for line in text.splitlines()[-lines:]) or "  (it is empty)"
 
 
 def _count(things: Sequence[object], noun: str) -> str:

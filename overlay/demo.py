@@ -9,9 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
-from overlay.cluster import Connect, Host, Lab, LabError, Pod, command_line, orphans
-from overlay.lab import ping_report, table
-from subnet_lease.model import Lease, format_address, format_mac
+from overlay.cluster import Connect, Lab, command_line, orphans
+from overlay.cluster_hosts import Host, LabError, Pod, addresses_of, macs_of
+from overlay.lab import ping_report
+from overlay.text import table
+from subnet_lease.model import Lease
 
 _VXLAN_PORT = 8472
 _VNI_IS_VALID = 0x08
@@ -57,13 +59,12 @@ def _show(lab: Lab) -> int:
     say(_indented(ping_report(pings)))
 
     leases = lab.leases()
-    names = {host.underlay_ip: host.name for host in lab.hosts}
     say("\n" + title("The leases in etcd: who owns which pod subnet, and where its tunnel ends"))
-    say(_indented(_lease_table(lab, leases, names)))
+    say(_indented(_lease_table(lab, leases)))
 
     for host in lab.hosts:
         say("\n" + title(f"What the kernel of {host.name} holds for its peers, from a pod's packet to the underlay"))
-        say(_indented(_peer_table(host, leases, names)))
+        say(_indented(_peer_table(host, leases)))
     say("  A route leads to a nexthop's gateway, the neighbour entry gives its MAC, the FDB that MAC's host.")
 
     source, target = lab.hosts[0].pods[0], lab.hosts[-1].pods[0]
@@ -88,31 +89,33 @@ def _indented(text: str) -> str:
     return "\n".join(f"  {line}".rstrip() for line in text.splitlines())
 
 
-def _lease_table(lab: Lab, leases: Sequence[Lease], names: dict[str, str]) -> str:
+def _lease_table(lab: Lab, leases: Sequence[Lease]) -> str:
     rows = []
     for lease in leases:
-        underlay_ip = format_address(lease.attrs.public_ip)
         hours, seconds = divmod(lab.store.time_left(lease.etcd_lease), 3600)
         rows.append(
             (
                 str(lease.subnet),
-                names.get(underlay_ip, "?"),
-                underlay_ip,
-                format_mac(lease.attrs.vtep.mac) if lease.attrs.vtep else "-",
+                _holder(lab, lease),
+                " ".join(addresses_of(lease.attrs)),
+                " ".join(macs_of(lease.attrs)),
                 "for ever" if lease.reserved else f"{hours} h {seconds // 60} min",
             )
         )
     return table(("SUBNET", "HOST", "UNDERLAY IP", "VTEP MAC", "TTL LEFT"), rows)
 
 
-def _peer_table(host: Host, leases: Sequence[Lease], names: dict[str, str]) -> str:
+def _peer_table(host: Host, leases: Sequence[Lease]) -> str:
     rows = []
     for peer in host.peers(leases):
-        name = names.get(format_address(peer.lease.attrs.public_ip), "?")
         found = (peer.gateway, peer.mac, peer.remote)
         nexthop = str(peer.nexthop or "none")
-        rows.append((name, str(peer.lease.subnet), nexthop, *(text or "missing" for text in found)))
+        rows.append((_holder(host.lab, peer.lease), str(peer.subnet), nexthop, *(text or "missing" for text in found)))
     return table(("PEER", "ROUTE TO", "NEXTHOP ID", "GATEWAY", "NEIGHBOUR MAC", "FDB REMOTE"), rows)
+
+
+def _holder(lab: Lab, lease: Lease) -> str:
+    return next((host.name for host in lab.hosts if host.holds(lease)), "?")
 
 
 def _caught(source: Pod, target: Pod, seconds: float = 5) -> bytes:

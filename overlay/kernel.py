@@ -9,20 +9,19 @@ batch is acknowledged its echoes are already there to be read; they carry our po
 final deletion of a neighbour, which carry 0. Those with our port id do not reach us: the monitor has a filter for that.
 """
 
-import ctypes
+import contextlib
 import errno
 import os
 import select
 import socket
-import struct
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from overlay import iproute, rtnl
+from overlay import iproute, netlink, rtnl
 from overlay.device import OWNER, DeviceSpec, FoundDevice, adjustments, incompatibility
-from overlay.model import Drop, Entry, Gone, Op, Put, Refusal, Sight
+from overlay.model import PROTOCOL, Drop, Entry, Gone, NextHop, Op, Put, Refusal, Route, Seen, Sight
 from subnet_lease.model import Prefix, format_address, format_mac, pack_address, pack_mac
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ T = TypeVar("T")
 BATCH = 400
 """Messages in one send: enough to make system calls cheap, few enough for refusals and echoes to fit the sockets."""
 
-RECEIVE_BUFFER = 8 << 20
+BUFFER = 8 << 20
 """Bytes asked for on both sockets, so that bursts of notifications and acks are not lost while Python is busy."""
 
 ABSENT = (errno.ENOENT, errno.ESRCH, errno.ENODEV)
@@ -45,11 +44,14 @@ _NOBODY = 0xFFFFFFFF
 """The sequence number of messages whose answer concerns no one."""
 
 _SOL_NETLINK = 270
-_EXT_ACK, _CAP_ACK, _STRICT_CHECK = 11, 10, 12
+_EXT_ACK, _STRICT_CHECK = 11, 12
 _ADD_MEMBERSHIP = 1
-_SO_ATTACH_FILTER = 26
-_SO_RCVBUFFORCE = 33
-_GROUPS = (1, 3, 5, 7, 32)  # RTNLGRP_LINK, _NEIGH, _IPV4_IFADDR, _IPV4_ROUTE, _NEXTHOP
+_GROUPS = (1, 3, 5, 7, 9, 11, 32)
+"""RTNLGRP_LINK, _NEIGH, _IPV4_IFADDR, _IPV4_ROUTE, _IPV6_IFADDR, _IPV6_ROUTE, _NEXTHOP."""
+
+_SCOPE_LINK = 253
+
+_NODAD = 0x02  # IFA_F_NODAD: nobody else can have it, and on a device without multicast nobody would be asked.
 
 
 class KernelRefused(Exception):
@@ -65,26 +67,21 @@ class DeviceOccupied(Exception):
     """An interface has our device's name and is something else; the text says what."""
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
-    """What the monitor brought since it was last read. `lost`: some of it, so that only a dump tells the truth.
+class Kernel:
+    """This network namespace's kernel.
 
-    `device_changed`: our device, its addresses or its state are not as they were; entries may have gone without notice.
+    `tunnels` are the interface indexes of our devices by the length of their underlay addresses, as `ensure_devices`
+    has left them; `link` is the underlay's index, by which routes of ours may leave too, 0 as long as it is not known.
     """
 
-    sights: tuple[Sight, ...] = ()
-    lost: bool = False
-    device_changed: bool = False
-
-
-class Kernel:
-    """This network namespace's kernel. `device` is the interface index of ours, 0 as long as there is none."""
-
     def __init__(self) -> None:
-        self.device = 0
+        self.tunnels: dict[int, int] = {}
+        self.link = 0
+        self._former: set[int] = set()
+        """Interfaces that routes of ours may still leave by: earlier `tunnels` and `link`, until strays are removed."""
         self._commands = _netlink_socket()
         self._monitor = _netlink_socket()
-        _drop_from(self._monitor, self._commands)
+        netlink.drop_from(self._monitor, self._commands)
         for group in _GROUPS:
             try:
                 self._monitor.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
@@ -96,6 +93,8 @@ class Kernel:
         self._wake_read, self._wake_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._unread: list[bytes] = []
         self._lost = False
+        self.also: tuple[int, ...] = ()
+        """Other descriptors that end a `wait` when they are readable."""
 
     def close(self) -> None:
         """Close all sockets."""
@@ -110,7 +109,7 @@ class Kernel:
         """Return when the monitor has something, after `interrupt`, or after `seconds`."""
         if self._unread or self._lost:
             return
-        ready, _, _ = select.select([self._monitor.fileno(), self._wake_read], [], [], seconds)
+        ready, _, _ = select.select([self._monitor.fileno(), self._wake_read, *self.also], [], [], seconds)
         if self._wake_read in ready:
             os.read(self._wake_read, 4096)
 
@@ -130,12 +129,16 @@ class Kernel:
         lost, self._lost = self._lost, False
         sights: list[Sight] = []
         changed = False
+        tunnels = self.tunnels.values()
         for buffer in buffers:
             for message in rtnl.messages(buffer):
                 if message.kind in (rtnl.NEWLINK, rtnl.DELLINK, rtnl.NEWADDR, rtnl.DELADDR):
-                    changed = changed or rtnl.device_of(buffer, message) == self.device
+                    device = rtnl.device_of(buffer, message)
+                    # With its last address a link loses its routes. One that is added, or renewed, harms nothing.
+                    theirs = device == self.link and message.kind != rtnl.NEWADDR
+                    changed = changed or theirs or device in tunnels
                     continue
-                seen = rtnl.sight(buffer, message, self.device)
+                seen = rtnl.sight(buffer, message, tunnels)
                 if seen is not None:
                     sights.append(seen)
         return Seen(tuple(sights), lost, changed)
@@ -166,16 +169,16 @@ class Kernel:
         return refusals
 
     def _apply_batch(self, ops: Sequence[Op]) -> list[Refusal]:
-        device, end = self.device, len(ops)
+        end = len(ops)
         batch: list[bytes] = []
         for number, op in enumerate(ops):
             if isinstance(op, Put):
                 if op.afresh:
                     # Whether there was anything to remove is no matter.
-                    batch.append(rtnl.drop(op.entry, device, _NOBODY, ack=False))
-                batch.append(rtnl.put(op.entry, device, number, ack=False))
+                    batch.append(rtnl.clear(op.entry, _NOBODY))
+                batch.append(rtnl.put(op.entry, number, ack=False))
             else:
-                batch.append(rtnl.drop(op.entry, device, number, ack=False))
+                batch.append(rtnl.drop(op.entry, number, ack=False))
         batch.append(rtnl.end_of_batch(end))
         answers = self._exchange(b"".join(batch), end)
         return [
@@ -208,15 +211,26 @@ class Kernel:
         self._commands.close()
         self._commands = _netlink_socket()
         self._commands.settimeout(10)
-        _drop_from(self._monitor, self._commands)
+        netlink.drop_from(self._monitor, self._commands)
 
     def dump(self, nexthops: bool) -> Iterator[Entry]:
-        """All entries on our device, whoever made them. Raises KernelRefused.
+        """All entries on our devices and routes by the underlay's link, whoever made them. Raises KernelRefused.
 
-        Read kind by kind, as they are asked for: no more than one table of the kernel's is in memory at a time.
+        Routes by what was our device or the underlay's before are among them, until that has been left for good. Read
+        kind by kind, as they are asked for: no more than one table of the kernel's is in memory at a time.
         """
-        for request in rtnl.dump_requests(self.device, nexthops):
+        links = sorted({self.link, *self._former} - {0})
+        for request in rtnl.dump_requests(self.tunnels.values(), links, nexthops):
             yield from self._dump(request)
+
+    def marked(self, nexthops: bool) -> list[Entry]:
+        """The routes and nexthop objects that carry our protocol number, on whatever device. Raises KernelRefused."""
+        return [
+            entry
+            for request in rtnl.marked_dump_requests(nexthops)
+            for entry in self._dump(request)
+            if isinstance(entry, Route | NextHop) and entry.protocol == PROTOCOL
+        ]
 
     def has_nexthops(self) -> bool:
         """Whether this kernel (5.3 and later) has nexthop objects."""
@@ -251,7 +265,7 @@ class Kernel:
                         if code and code not in ABSENT:
                             raise KernelRefused("dump", code)
                         return entries, complete
-                    seen = rtnl.sight(buffer, message, self.device)
+                    seen = rtnl.sight(buffer, message, self.tunnels.values())
                     if seen is not None and not isinstance(seen, Gone):
                         entries.append(seen)
         except OSError as error:
@@ -264,33 +278,30 @@ class Kernel:
         """The interface called `name`, None if there is none."""
         return _guarded("look up device " + name, lambda route: _find(route, name))
 
-    def ensure_device(self, spec: DeviceSpec) -> tuple[str, ...]:
-        """Make the device as `spec` says, with the least change; the changes made, as words, empty if none.
+    def ensure_devices(self, specs: Sequence[DeviceSpec], link: int) -> dict[str, tuple[str, ...]]:
+        """Make the devices as `specs` say, with the least change; the changes made by device, as words, if any.
 
-        Sets `device`. Raises DeviceOccupied if the name is taken by another kind, KernelRefused on failure.
+        Sets `tunnels`, and `link` as given. Raises DeviceOccupied if a name is taken by another kind, KernelRefused on
+        failure.
         """
+        changes = {}
+        families = {len(spec.local) for spec in specs}
+        self._former |= {self.link, *(index for family, index in self.tunnels.items() if family not in families)}
+        self._former.discard(link)
+        self.link = link
+        for spec in specs:
+            index, changed = _guarded("set up device " + spec.name, partial(_ensure, spec=spec))
+            self.tunnels[len(spec.local)] = index
+            if changed:
+                changes[spec.name] = changed
+        self.tunnels = {len(spec.local): self.tunnels[len(spec.local)] for spec in specs}
+        return changes
 
-        def ensure(route: "IPRoute") -> tuple[str, ...]:
-            changes: tuple[str, ...] = ()
-            found = _find(route, spec.name)
-            reason = incompatibility(spec, found) if found else None
-            if found and found.kind != "vxlan":
-                raise DeviceOccupied(f"an interface {spec.name} exists and {reason}")
-            if found and reason:
-                route.link("del", index=found.index)
-                found, changes = None, (f"removed, {reason}",)
-            if found is None:
-                _create(route, spec)
-                found = _find(route, spec.name)
-                changes = (*changes, "created")
-                if found is None:
-                    raise KernelRefused("create device " + spec.name, errno.ENODEV)
-            todo = adjustments(spec, found)
-            _adjust(route, spec, found, todo)
-            self.device = found.index
-            return changes if "created" in changes else todo
-
-        return _guarded("set up device " + spec.name, ensure)
+    def remove_strays(self, names: Collection[str]) -> list[str]:
+        """Delete devices that bear our mark and have none of these `names`; the names of those deleted."""
+        self._former.clear()
+        strays = [found.name for found in self.own_devices() if found.name not in names]
+        return [name for name in strays if self.remove_device(name)]
 
     def remove_device(self, name: str) -> bool:
         """Delete our device called `name`; False if there is none that bears our mark."""
@@ -316,6 +327,27 @@ class Kernel:
         return _guarded("list devices", listed)
 
 
+def _ensure(route: "IPRoute", spec: DeviceSpec) -> tuple[int, tuple[str, ...]]:
+    """(interface index, the changes made as words)."""
+    changes: tuple[str, ...] = ()
+    found = _find(route, spec.name)
+    reason = incompatibility(spec, found) if found else None
+    if found and found.kind != "vxlan":
+        raise DeviceOccupied(f"an interface {spec.name} exists and {reason}")
+    if found and reason:
+        route.link("del", index=found.index)
+        found, changes = None, (f"removed, {reason}",)
+    if found is None:
+        _create(route, spec)
+        found = _find(route, spec.name)
+        changes = (*changes, "created")
+        if found is None:
+            raise KernelRefused("create device " + spec.name, errno.ENODEV)
+    todo = adjustments(spec, found)
+    _adjust(route, spec, found, todo)
+    return found.index, changes if "created" in changes else todo
+
+
 def _find(route: "IPRoute", name: str) -> FoundDevice | None:
     _, NetlinkError = iproute.load()
     try:
@@ -327,8 +359,13 @@ def _find(route: "IPRoute", name: str) -> FoundDevice | None:
     info = link.get_attr("IFLA_LINKINFO")
     kind = str(info.get_attr("IFLA_INFO_KIND") or "") if info else ""
     data = info.get_attr("IFLA_INFO_DATA") if info and kind == "vxlan" else None
-    local = data.get_attr("IFLA_VXLAN_LOCAL") if data else None
-    addresses = route.get_addr(index=link["index"], family=socket.AF_INET)
+    local = (data.get_attr("IFLA_VXLAN_LOCAL") or data.get_attr("IFLA_VXLAN_LOCAL6")) if data else None
+    addresses = [
+        (address.get_attr("IFA_LOCAL") or address.get_attr("IFA_ADDRESS"), address["prefixlen"])
+        for address in route.get_addr(index=link["index"])
+        # A link-local one is the kernel's own affair.
+        if address["scope"] != _SCOPE_LINK
+    ]
     return FoundDevice(
         index=link["index"],
         name=name,
@@ -343,7 +380,7 @@ def _find(route: "IPRoute", name: str) -> FoundDevice | None:
         local=pack_address(local) if local else b"",
         learning=bool(data and data.get_attr("IFLA_VXLAN_LEARNING")),
         gbp=bool(data and data.get_attr("IFLA_VXLAN_GBP")),
-        addresses=tuple(Prefix(pack_address(a.get_attr("IFA_LOCAL")), a["prefixlen"]) for a in addresses),
+        addresses=tuple(Prefix(pack_address(address), length) for address, length in addresses),
     )
 
 
@@ -357,7 +394,7 @@ def _create(route: "IPRoute", spec: DeviceSpec) -> None:
         "ifalias": OWNER,
         "vxlan_id": spec.vni,
         "vxlan_link": spec.link,
-        "vxlan_local": format_address(spec.local),
+        _local_of(spec): format_address(spec.local),
         "vxlan_port": spec.port,
         "vxlan_learning": int(spec.learning),
     }
@@ -368,6 +405,10 @@ def _create(route: "IPRoute", spec: DeviceSpec) -> None:
 
 def _adjust(route: "IPRoute", spec: DeviceSpec, found: FoundDevice, todo: tuple[str, ...]) -> None:
     _, NetlinkError = iproute.load()
+    if "link" in todo or "local" in todo:
+        # First of all: the MTU may be no larger than what the link carries.
+        moved = {"vxlan_link": spec.link, _local_of(spec): format_address(spec.local)}
+        route.link("set", index=found.index, kind="vxlan", **moved)
     values: dict[str, Any] = {"mac": format_mac(spec.mac), "mtu": spec.mtu, "alias": OWNER}
     names = {"mac": "address", "mtu": "mtu", "alias": "ifalias"}
     changes = {names[what]: values[what] for what in todo if what in names}
@@ -376,11 +417,15 @@ def _adjust(route: "IPRoute", spec: DeviceSpec, found: FoundDevice, todo: tuple[
     if "up" in todo:
         route.link("set", index=found.index, state="up")
     if "address" in todo:
-        wanted = spec.address
-        if wanted not in found.addresses:
-            route.addr("add", index=found.index, address=format_address(wanted.base), prefixlen=wanted.length)
+        for base, length in spec.addresses:
+            if Prefix(base, length) not in found.addresses:
+                flags = 0
+                if len(base) == 16:
+                    flags = _NODAD
+                    _allow_ipv6(spec.name)
+                route.addr("add", index=found.index, address=format_address(base), prefixlen=length, flags=flags)
         for other in found.addresses:
-            if other == wanted:
+            if other in spec.addresses:
                 continue
             try:
                 route.addr("del", index=found.index, address=format_address(other.base), prefixlen=other.length)
@@ -388,6 +433,19 @@ def _adjust(route: "IPRoute", spec: DeviceSpec, found: FoundDevice, todo: tuple[
                 # A secondary address goes with its primary.
                 if error.code != errno.EADDRNOTAVAIL:
                     raise
+
+
+def _allow_ipv6(device: str) -> None:
+    """On hosts whose new interfaces may have no IPv6 addresses the kernel refuses them (EACCES)."""
+    setting = Path("/proc/sys/net/ipv6/conf", device, "disable_ipv6")
+    with contextlib.suppress(OSError):
+        if setting.read_text() != "0\n":
+            setting.write_text("0")
+
+
+def _local_of(spec: DeviceSpec) -> str:
+    """pyroute2's name of the local address of the device's family."""
+    return "vxlan_local" if len(spec.local) == 4 else "vxlan_local6"
 
 
 def _guarded(what: str, work: "Callable[[IPRoute], T]") -> T:
@@ -401,36 +459,13 @@ def _guarded(what: str, work: "Callable[[IPRoute], T]") -> T:
         raise KernelRefused(what, error.code) from error
 
 
-def _drop_from(monitor: socket.socket, source: socket.socket) -> None:
-    """Have the kernel drop what `source` causes before it is queued to `monitor`. A later call replaces an earlier one.
-
-    A classic BPF program on nlmsg_pid, which lies 12 bytes into a message (linux/filter.h): load, compare, return.
-    """
-    # The filter loads words in network order; the port id is in the host's.
-    port = int.from_bytes(source.getsockname()[0].to_bytes(4, sys.byteorder), "big")
-    program = struct.pack(
-        "=HBBI HBBI HBBI HBBI",
-        *(0x20, 0, 0, 12),  # BPF_LD | BPF_W | BPF_ABS
-        *(0x15, 0, 1, port),  # BPF_JMP | BPF_JEQ | BPF_K: the next instruction if equal, else the one after it
-        *(0x06, 0, 0, 0),  # BPF_RET: nothing of it
-        *(0x06, 0, 0, 0xFFFFFFFF),  # BPF_RET: all of it
-    )
-    code = ctypes.create_string_buffer(program, len(program))
-    monitor.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 4, ctypes.addressof(code)))
-
-
 def _netlink_socket() -> socket.socket:
-    """A bound rtnetlink socket with terse acks, strict dump filters and a large receive buffer."""
-    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-    for option in (_EXT_ACK, _CAP_ACK, _STRICT_CHECK):
+    """A bound rtnetlink socket with strict dump filters and a large receive buffer."""
+    sock = netlink.open_socket(socket.NETLINK_ROUTE, BUFFER)
+    for option in (_EXT_ACK, _STRICT_CHECK):
         try:
             sock.setsockopt(_SOL_NETLINK, option, 1)
         except OSError:
             # Strict checking came with 4.20; without it dumps are filtered here alone.
             continue
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, RECEIVE_BUFFER)
-    except PermissionError:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, RECEIVE_BUFFER)
-    sock.bind((0, 0))
     return sock

@@ -12,22 +12,23 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any, NoReturn
 
 from overlay.cluster import (
     STATE_ROOT,
     Connect,
     Lab,
-    LabError,
     Ping,
-    Pod,
     command_line,
     labs,
     name_option,
     saved_state,
 )
+from overlay.cluster_hosts import LabError, Pod, macs_of
 from overlay.netns import NamespaceError, Process
-from subnet_lease.model import format_address, format_mac
+from overlay.text import table
+from overlay.topology import BACKENDS, FAMILIES, network_config
 from subnet_lease.store import StoreError
 
 MAX_HOSTS = 200
@@ -54,6 +55,11 @@ def add_arguments(lab: argparse.ArgumentParser) -> None:
     up = action("up", "bring a lab up: hosts, etcd, agents and pods; a lab of the same name is replaced")
     up.add_argument("--hosts", type=_number(1, MAX_HOSTS), default=3, metavar="N", help="1 to 200 (default: 3)")
     up.add_argument("--pods", type=_number(0, 9), default=2, metavar="N", help="on each host, 0 to 9 (default: 2)")
+    for what, text in (("overlay", "pods"), ("underlay", "hosts")):
+        families = f"address families of the {text}: IPv4, IPv6 or both (default: 4)"
+        up.add_argument(f"--{what}", choices=FAMILIES, default="4", help=families)
+    text = "the way to a peer: a tunnel, a route where one leads there (direct), or routes alone (default: vxlan)"
+    up.add_argument("--backend", choices=BACKENDS, default="vxlan", help=text)
     action("status", "show each host of a lab, its lease and what its kernel holds")
     action("ping", "ping every pod from every pod; exit code 1 if one gets no answer")
     run = action("exec", "run a command on a host or in a pod", data=False)
@@ -122,7 +128,8 @@ def _up(args: argparse.Namespace, connect: Connect) -> int:
     def progress(line: str) -> None:
         print(f"{time.monotonic() - started:6.2f} s  {line}", file=sys.stderr if args.json else sys.stdout, flush=True)
 
-    lab = Lab(args.name, connect=connect, hosts=args.hosts, pods=args.pods)
+    config = network_config(args.overlay, args.backend)
+    lab = Lab(args.name, connect=connect, hosts=args.hosts, pods=args.pods, config=config, underlay=args.underlay)
     with contextlib.closing(lab):
         try:
             lab.up(progress)
@@ -144,24 +151,28 @@ def _up(args: argparse.Namespace, connect: Connect) -> int:
 
 
 def _report(lab: Lab) -> list[dict[str, Any]]:
-    """One object for each host: `peers` are the others that etcd knows, `programmed` those that its kernel reaches."""
+    """One object for each host: `peers` are the others that etcd knows, `programmed` those that its kernel reaches.
+
+    Lists of addresses, subnets and MACs have IPv4's first, where it has one.
+    """
     leases = lab.leases()
-    by_ip = {format_address(lease.attrs.public_ip): lease for lease in leases}
     report = []
     for host in lab.hosts:
-        lease = by_ip.get(host.underlay_ip)
+        lease = next(filter(host.holds, leases), None)
         peers = host.peers(leases)
+        known = {peer.lease.mod_revision for peer in peers}
+        unreached = {peer.lease.mod_revision for peer in peers if not peer.programmed}
         report.append(
             {
                 "host": host.name,
-                "underlay_ip": host.underlay_ip,
-                "subnet": str(lease.subnet) if lease else None,
-                "vtep_mac": format_mac(lease.attrs.vtep.mac) if lease and lease.attrs.vtep else None,
+                "underlay_ips": list(host.underlay_ips.values()),
+                "subnets": list(map(str, lease.subnets)) if lease else [],
+                "vtep_macs": list(macs_of(lease.attrs)) if lease else [],
                 "agent_pid": host.agent_pid,
                 "ready": host.agent_pid is not None and bool(host.subnet_env),
-                "programmed": sum(peer.programmed for peer in peers),
-                "peers": len(peers),
-                "pods": {pod.name: pod.address for pod in host.pods} if host.subnet_env else {},
+                "programmed": len(known - unreached),
+                "peers": len(known),
+                "pods": {pod.name: list(pod.addresses.values()) for pod in host.pods} if host.subnet_env else {},
                 "log": str(lab.log_path(host.name)),
             }
         )
@@ -177,27 +188,16 @@ def _status(args: argparse.Namespace, connect: Connect) -> int:
     if args.json:
         print(json.dumps(report))
         return 0
-    rows = [
-        (
-            each["host"],
-            each["underlay_ip"],
-            each["subnet"] or "-",
-            each["vtep_mac"] or "-",
-            str(each["agent_pid"] or "not running"),
-            "yes" if each["ready"] else "no",
-            f"{each['programmed']} of {each['peers']}",
-        )
-        for each in report
-    ]
+    rows: list[Sequence[str]] = []
+    for each in report:
+        state = str(each["agent_pid"] or "not running"), "yes" if each["ready"] else "no"
+        cells = each["underlay_ips"], each["subnets"] or ["-"], each["vtep_macs"] or ["-"]
+        # A second line for what there is two of.
+        lines = list(zip_longest(*cells, fillvalue=""))
+        rows.append((each["host"], *lines[0], *state, f"{each['programmed']} of {each['peers']}"))
+        rows += [("", *line, "", "", "") for line in lines[1:]]
     print(table(("HOST", "UNDERLAY IP", "SUBNET", "VTEP MAC", "AGENT", "READY", "PEERS"), rows))
     return 0
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need to be, without trailing blanks."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = ("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)) for row in (head, *rows))
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def _ping(args: argparse.Namespace, connect: Connect) -> int:
@@ -210,14 +210,20 @@ def _ping(args: argparse.Namespace, connect: Connect) -> int:
 
 
 def ping_report(pings: Sequence[Ping]) -> str:
-    """A matrix of round trip times in ms, where it fits, and the losses."""
+    """A matrix of round trip times in ms for each address family, where it fits, and the losses."""
     names = list(dict.fromkeys(ping.src for ping in pings))
+    families = sorted({ping.family for ping in pings})
+    both = len(families) > 1
     lines = []
-    if len(names) <= 12:
-        cells = {(ping.src, ping.dst): f"{ping.rtt_ms:.2f}" if ping.rtt_ms is not None else "lost" for ping in pings}
+    for family in families if len(names) <= 12 else ():
+        cells = {
+            (ping.src, ping.dst): f"{ping.rtt_ms:.2f}" if ping.rtt_ms is not None else "lost"
+            for ping in pings
+            if ping.family == family
+        }
         rows = [(src, *(cells.get((src, dst), "-") for dst in names)) for src in names]
-        lines += [table(("ms", *names), rows), ""]
-    lost = [f"{ping.src} to {ping.dst}" for ping in pings if not ping.ok]
+        lines += [table((f"IPv{family} ms" if both else "ms", *names), rows), ""]
+    lost = [f"{ping.src} to {ping.dst}" + (f", IPv{ping.family}" if both else "") for ping in pings if not ping.ok]
     lines.append(f"{len(pings) - len(lost)} of {len(pings)} pings answered.")
     lines += [f"lost: {pair}" for pair in lost[:20]]
     if len(lost) > 20:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from textwrap import fill
 from typing import Any
 
-from overlay.lab import table
+from overlay.text import table
 from subnet_lease.model import (
     LeaseAttrs,
     LeaseInvalid,
@@ -22,6 +22,7 @@ from subnet_lease.model import (
     decode_attrs,
     format_address,
     format_mac,
+    format_subnets,
     parse_subnet_key,
 )
 from subnet_lease.store import Snapshot, Store
@@ -36,7 +37,7 @@ CALLS_AT_ONCE = 8
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One key below `subnets/`. `subnet` is None if the key names none, `attrs` if the value cannot be read.
+    """One key below `subnets/`. Both subnets are None if the key names none, `attrs` if the value cannot be read.
 
     `rejected` is why agents do not use it, None if they do.
     """
@@ -49,6 +50,11 @@ class Row:
     create_revision: int
     mod_revision: int
     rejected: str | None
+
+    @property
+    def subnets(self) -> tuple[Prefix, ...]:
+        """Those that there are, IPv4 first."""
+        return tuple(subnet for subnet in (self.subnet, self.subnet6) if subnet is not None)
 
 
 def rows_of(config: NetworkConfig, snapshot: Snapshot) -> list[Row]:
@@ -66,7 +72,7 @@ def rows_of(config: NetworkConfig, snapshot: Snapshot) -> list[Row]:
             pass  # The table says why.
         facts = record.etcd_lease, record.create_revision, record.mod_revision, rejected.get(record.key)
         rows.append(Row(record.key, subnet, subnet6, attrs, *facts))
-    return sorted(rows, key=lambda row: (row.subnet is None, row.subnet or (), row.key))
+    return sorted(rows, key=lambda row: (not row.subnets, row.subnet is None, row.subnets, row.key))
 
 
 def times_left(store: Store, rows: Sequence[Row]) -> dict[int, int]:
@@ -79,22 +85,27 @@ def times_left(store: Store, rows: Sequence[Row]) -> dict[int, int]:
 # --- for programs ------------------------------------------------------------------------------------------------
 
 
-def as_json(network: Prefix, revision: int, rows: Sequence[Row], ttls: Mapping[int, int]) -> str:
+def as_json(networks: Sequence[Prefix], revision: int, rows: Sequence[Row], ttls: Mapping[int, int]) -> str:
     """The schema of docs/reservations.md, on one line. Keys may be added to it; none changes its meaning."""
+    by_family = {len(network.base): str(network) for network in networks}
     leases = [_object(row, ttls) for row in rows]
-    return json.dumps({"network": str(network), "revision": revision, "leases": leases})
+    head = {"network": by_family.get(4), "ipv6_network": by_family.get(16), "revision": revision}
+    return json.dumps({**head, "leases": leases})
 
 
 def _object(row: Row, ttls: Mapping[int, int]) -> dict[str, Any]:
-    attrs = row.attrs
+    attrs = row.attrs or _UNREADABLE
     return {
         "key": row.key,
         "subnet": str(row.subnet) if row.subnet else None,
         "ipv6_subnet": str(row.subnet6) if row.subnet6 else None,
         "node_name": _node_name(attrs),
-        "public_ip": format_address(attrs.public_ip) if attrs else None,
-        "backend_type": attrs.backend_type if attrs else None,
-        "vtep_mac": format_mac(attrs.vtep.mac) if attrs and attrs.vtep else None,
+        "public_ip": format_address(attrs.public_ip) if attrs.public_ip else None,
+        "public_ipv6": format_address(attrs.public_ip6) if attrs.public_ip6 else None,
+        "backend_type": attrs.backend_type if row.attrs else None,
+        "vtep_mac": format_mac(attrs.vtep.mac) if attrs.vtep else None,
+        "vtep_mac_ipv6": format_mac(attrs.vtep6.mac) if attrs.vtep6 else None,
+        "mtu": attrs.mtu or None,
         "reserved": row.etcd_lease == 0,
         "ttl_s": ttls.get(row.etcd_lease),
         "create_revision": row.create_revision,
@@ -103,52 +114,79 @@ def _object(row: Row, ttls: Mapping[int, int]) -> dict[str, Any]:
     }
 
 
+_UNREADABLE = LeaseAttrs(None, "", None)
+
+
 # --- for people --------------------------------------------------------------------------------------------------
 
 
-def as_text(network: Prefix, rows: Sequence[Row], ttls: Mapping[int, int] | None, columns: int | None = None) -> str:
+def as_text(
+    networks: Sequence[Prefix], rows: Sequence[Row], ttls: Mapping[int, int] | None, columns: int | None = None
+) -> str:
     """A table, a summary, and why rejected ones are. `ttls` None if they are not wanted.
 
-    `columns` is the width of the terminal: where they are few the revision is left out, then names are shortened.
-    None for all that there is.
+    What no row has takes no column. `columns` is the width of the terminal: where they are few, columns that can be
+    spared are left out, then names are shortened. None for all that there is.
     """
     if not rows:
-        return f"No leases in {network}."
-    shown = [row for row in rows if row.subnet is not None]
-    heads, cells = _columns(shown, ttls)
-    text = table(heads, list(zip(*cells, strict=True)))
-    if columns is not None and _width(text) > columns:
-        heads, cells = heads[:-1], cells[:-1]
-        text = table(heads, list(zip(*cells, strict=True)))
-    if columns is not None and _width(text) > columns:
-        host = heads.index("HOST")
-        room = max(8, max(map(len, cells[host])) - (_width(text) - columns))
-        cells[host] = [_shortened(name, room) for name in cells[host]]
-        text = table(heads, list(zip(*cells, strict=True)))
+        return f"No leases in {format_subnets(networks)}."
+    cells = _columns([row for row in rows if row.subnets], ttls)
+    spared = [head for head in _SPARED if head in cells]
+    while columns is not None and _width(_table(cells)) > columns and spared:
+        del cells[spared.pop(0)]
+    if columns is not None and (excess := _width(_table(cells)) - columns) > 0:
+        room = max(8, max(map(len, cells["HOST"])) - excess)
+        cells["HOST"] = [_shortened(name, room) for name in cells["HOST"]]
     reserved = sum(not row.etcd_lease for row in rows)
     rejected = [row for row in rows if row.rejected]
     marked = ", marked with !" if rejected else ""
-    lines = [text, "", f"{len(rows)} in {network}, {reserved} reserved, {len(rejected)} rejected by agents{marked}"]
+    networks_text = format_subnets(networks)
+    lines = [
+        *(_table(cells), ""),
+        f"{len(rows)} in {networks_text}, {reserved} reserved, {len(rejected)} rejected by agents{marked}",
+    ]
     for row in rejected:
         reason = f"  {_subject(row)}: {_escaped(row.rejected or '')}"
         lines.append(fill(reason, columns, subsequent_indent="    ") if columns else reason)
     return "\n".join(lines)
 
 
-def _columns(rows: Sequence[Row], ttls: Mapping[int, int] | None) -> tuple[list[str], list[list[str]]]:
-    """Heads, and the cells of each column. The last is the one that can best be spared."""
+_SPARED = "REVISION", "IPV6 VTEP MAC", "PUBLIC IPV6"
+"""Columns that are left out where there is no room, the first first."""
+
+
+def _columns(rows: Sequence[Row], ttls: Mapping[int, int] | None) -> dict[str, list[str]]:
+    """The cells of each column by its head."""
     columns = {
         "!": ["!" if row.rejected else "" for row in rows],
-        "SUBNET": [str(row.subnet) for row in rows],
+        "SUBNET": [_cell(row.subnet) for row in rows],
+        "IPV6 SUBNET": [_cell(row.subnet6) for row in rows],
         "HOST": [_shortened(_plain(_node_name(row.attrs) or "-"), MAX_NAME) for row in rows],
-        "PUBLIC IP": [format_address(row.attrs.public_ip) if row.attrs else "-" for row in rows],
-        "VTEP MAC": [format_mac(row.attrs.vtep.mac) if row.attrs and row.attrs.vtep else "-" for row in rows],
-        "KIND" if ttls is None else "TTL LEFT": [_time(row, ttls) for row in rows],
-        "REVISION": [str(row.create_revision) for row in rows],
     }
-    if not any(columns["!"]):
-        del columns["!"]
-    return list(columns), list(columns.values())
+    told = [row.attrs or _UNREADABLE for row in rows]
+    columns["PUBLIC IP"] = [format_address(attrs.public_ip) if attrs.public_ip else "-" for attrs in told]
+    columns["PUBLIC IPV6"] = [format_address(attrs.public_ip6) if attrs.public_ip6 else "-" for attrs in told]
+    columns["VTEP MAC"] = [format_mac(attrs.vtep.mac) if attrs.vtep else "-" for attrs in told]
+    columns["IPV6 VTEP MAC"] = [format_mac(attrs.vtep6.mac) if attrs.vtep6 else "-" for attrs in told]
+    columns["KIND" if ttls is None else "TTL LEFT"] = [_time(row, ttls) for row in rows]
+    columns["REVISION"] = [str(row.create_revision) for row in rows]
+    optional = {"!": "", "IPV6 SUBNET": "-", "PUBLIC IPV6": "-", "IPV6 VTEP MAC": "-"}
+    if any(row.subnet6 for row in rows):
+        optional["SUBNET"] = "-"
+    if any(attrs.public_ip6 for attrs in told):
+        optional |= {"PUBLIC IP": "-", "VTEP MAC": "-"}
+    for head, nothing in optional.items():
+        if set(columns[head]) <= {nothing}:
+            del columns[head]
+    return columns
+
+
+def _cell(subnet: Prefix | None) -> str:
+    return "-" if subnet is None else str(subnet)
+
+
+def _table(columns: Mapping[str, list[str]]) -> str:
+    return table(list(columns), list(zip(*columns.values(), strict=True)))
 
 
 def _time(row: Row, ttls: Mapping[int, int] | None) -> str:
@@ -164,7 +202,7 @@ def _time(row: Row, ttls: Mapping[int, int] | None) -> str:
 
 
 def _subject(row: Row) -> str:
-    return str(row.subnet) if row.subnet else f"key {_shortened(_plain(row.key), MAX_NAME)}"
+    return format_subnets(row.subnets) if row.subnets else f"key {_shortened(_plain(row.key), MAX_NAME)}"
 
 
 def _width(text: str) -> int:
@@ -176,9 +214,10 @@ def _shortened(text: str, most: int) -> str:
 
 
 def holder(attrs: LeaseAttrs) -> str:
-    """A host, for a message: its PublicIP, and its name if it has given one."""
-    name = _node_name(attrs)
-    return format_address(attrs.public_ip) + (f" ({_shortened(_plain(name), MAX_NAME)})" if name else "")
+    """A host, for a message: its underlay address, and its name if it has given one."""
+    name, address = _node_name(attrs), attrs.underlay_ip
+    called = format_address(address) if address else "a host without an address"
+    return called + (f" ({_shortened(_plain(name), MAX_NAME)})" if name else "")
 
 
 def _node_name(attrs: LeaseAttrs | None) -> str | None:

@@ -1,8 +1,9 @@
 """The entries this agent programs, as values, and what can be done to them.
 
-Each entry is keyed as the kernel keys it: FDB by MAC, neighbour by address, nexthop by id, route by destination. The
-key is the first field, so that `entry[0]` is it for all of them.
-Keys of different kinds never compare equal (6 bytes; 4 or 16 bytes; a number; a `Prefix`), so one mapping holds all.
+Each entry is keyed as the kernel keys it: a host the guard knows by its address, FDB by device and MAC, neighbour by
+device and address, nexthop by id, route by destination. The key is the first field, so that `entry[0]` is it for all of
+them. Keys of different kinds never compare equal (bytes; a `Place` with 6 bytes; one with 4 or 16; a number; a
+`Prefix`), so one mapping holds all.
 
 Named tuples, because they are made by the ten thousand: a frozen dataclass takes four times as long to make.
 An entry read from the kernel that carries something we never set decodes to a value unequal to any we want: that is
@@ -32,29 +33,42 @@ UNICAST = 1
 """RTN_UNICAST, the type of all routes we make."""
 
 
+Place = tuple[int, bytes]
+"""An interface index, and a MAC or packed address on that device."""
+
+
+class Guard(NamedTuple):
+    """The packed underlay `address` is a host's: tunnel packets from there are let in."""
+
+    address: bytes
+
+    def __str__(self) -> str:
+        return f"guard {format_address(self.address)}"
+
+
 class Fdb(NamedTuple):
-    """Frames for `mac` leave the tunnel towards `remote` (packed underlay address).
+    """Frames for the MAC in `at` leave the tunnel towards `remote` (packed underlay address).
 
     `remote` is empty where the kernel's entry is not one plain remote: several, or one with a port or VNI of its own.
     """
 
-    mac: bytes
+    at: Place
     remote: bytes
     state: int = PERMANENT
 
     def __str__(self) -> str:
-        return f"fdb {format_mac(self.mac)} dst {format_address(self.remote) if self.remote else 'several'}"
+        return f"fdb {format_mac(self.at[1])} dst {format_address(self.remote) if self.remote else 'several'}"
 
 
 class Neighbour(NamedTuple):
-    """`address` (packed, in the overlay) is at `mac` on our device. `state` is the kernel's NUD_* bits."""
+    """The address in `at` (in the overlay) is at `mac`. `state` is the kernel's NUD_* bits."""
 
-    address: bytes
+    at: Place
     mac: bytes
     state: int = PERMANENT
 
     def __str__(self) -> str:
-        return f"neighbour {format_address(self.address)} lladdr {format_mac(self.mac)}"
+        return f"neighbour {format_address(self.at[1])} lladdr {format_mac(self.mac)}"
 
 
 class NextHop(NamedTuple):
@@ -70,10 +84,11 @@ class NextHop(NamedTuple):
 
 
 class Route(NamedTuple):
-    """A route of the main table with metric 0: through a nexthop object, or a `gateway` on the link of `device`.
+    """A route of the main table with the usual metric: through a nexthop object, or a `gateway` on `device`'s link.
 
     `nexthop` 0 and an empty `gateway` stand for absent; both are where the kernel's route has several gateways, or a
-    source address, metrics or an encapsulation. `kind` is the kernel's RTN_*.
+    source address, other metrics or an encapsulation. `kind` is the kernel's RTN_*. `mtu` is the largest packet that
+    the far end takes, in bytes, 0 where that is what the device takes.
     """
 
     destination: Prefix
@@ -82,18 +97,20 @@ class Route(NamedTuple):
     device: int = 0
     protocol: int = PROTOCOL
     kind: int = UNICAST
+    mtu: int = 0
 
     def __str__(self) -> str:
+        mtu = f" mtu {self.mtu}" if self.mtu else ""
         if self.nexthop:
-            return f"route {self.destination} nhid {self.nexthop}"
+            return f"route {self.destination} nhid {self.nexthop}{mtu}"
         via = f" via {format_address(self.gateway)}" if self.gateway else ""
-        return f"route {self.destination}{via} protocol {self.protocol}"
+        return f"route {self.destination}{via} protocol {self.protocol}{mtu}"
 
 
-Entry = Fdb | Neighbour | NextHop | Route
-Key = bytes | int | Prefix
+Entry = Guard | Fdb | Neighbour | NextHop | Route
+Key = bytes | Place | int | Prefix
 
-BUILD_ORDER: tuple[type[Entry], ...] = (Fdb, Neighbour, NextHop, Route)
+BUILD_ORDER: tuple[type[Entry], ...] = (Guard, Fdb, Neighbour, NextHop, Route)
 """How entries build on one another: a route stands on all before it."""
 
 
@@ -128,3 +145,16 @@ class Gone(NamedTuple):
 
 Sight = Entry | Gone
 """One thing seen in the kernel: an entry as it now is, or its removal."""
+
+
+class Seen(NamedTuple):
+    """What the monitors brought since they were last read. `lost`: some of it, so that only a dump tells the truth.
+
+    `device_changed`: a device of ours, its addresses or state, or the underlay's link is not as it was; entries may
+    have gone without notice. `firewall_changed`: the same of our rules.
+    """
+
+    sights: tuple[Sight, ...] = ()
+    lost: bool = False
+    device_changed: bool = False
+    firewall_changed: bool = False

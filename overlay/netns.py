@@ -12,16 +12,18 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, TypeVar
 
 NETNS = Path("/run/netns")
 """Where iproute2 keeps named network namespaces."""
 
 _CLONE_NEWNET = 0x40000000
 _ETH_P_ALL = 3
+T = TypeVar("T")
+
 _C_LOCALE = {**os.environ, "LC_ALL": "C"}
 
 
@@ -143,16 +145,24 @@ class Namespace:
         """A raw socket (AF_PACKET) that sees every frame on `device`, both ways."""
 
         def make() -> socket.socket:
-            with (NETNS / self.netns).open() as handle:
-                if ctypes.CDLL(None, use_errno=True).setns(handle.fileno(), _CLONE_NEWNET):
-                    raise NamespaceError(f"cannot enter {self.netns}: {os.strerror(ctypes.get_errno())}.")
             raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
             raw.bind((device, 0))
             return raw
 
-        # A namespace is a thread's own: a passing thread enters it, the socket belongs to it for good.
+        return self.made(make)
+
+    def made(self, make: Callable[[], T]) -> T:
+        """What `make` makes in here: a socket, which belongs to the namespace for good."""
+
+        def enter_and_make() -> T:
+            with (NETNS / self.netns).open() as handle:
+                if ctypes.CDLL(None, use_errno=True).setns(handle.fileno(), _CLONE_NEWNET):
+                    raise NamespaceError(f"cannot enter {self.netns}: {os.strerror(ctypes.get_errno())}.")
+            return make()
+
+        # A namespace is a thread's own: a passing thread enters it.
         with ThreadPoolExecutor(1) as thread:
-            return thread.submit(make).result()
+            return thread.submit(enter_and_make).result()
 
 
 def create(names: Iterable[str]) -> None:

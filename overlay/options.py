@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, NoReturn, TypeVar, get_type_hints
 
-from subnet_lease.model import format_address, pack_address
+from subnet_lease.model import Prefix, format_address, pack_address
 
 OWN_PREFIX = "OVERLAY_AGENT_"
 FLANNEL_PREFIX = "FLANNELD_"
@@ -59,6 +59,8 @@ class Secret:
         return "<secret>"
 
 
+T = TypeVar("T")
+
 # --- sorts of values ---------------------------------------------------------------------------------------------
 
 
@@ -75,6 +77,18 @@ class Kind:
     toml: type = str
     repeatable: bool = False
     separator: str = ""
+
+
+def argument(read: Callable[[str], T]) -> Callable[[str], T]:
+    """`read`, which raises ValueError with the reason, as a `type` for argparse, which shows only its own errors."""
+
+    def parse(text: str) -> T:
+        try:
+            return read(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return parse
 
 
 def _quoted(text: str) -> str:
@@ -137,6 +151,20 @@ def _ipv4(text: str) -> str:
     raise ValueError(f"{_quoted(text)} is not an IPv4 address")
 
 
+def _ipv6(text: str) -> str:
+    try:
+        packed = pack_address(text)
+        if len(packed) == 16:
+            return format_address(packed)
+    except ValueError:
+        pass
+    raise ValueError(f"{_quoted(text)} is not an IPv6 address")
+
+
+def _block(text: str) -> Prefix:
+    return Prefix.parse(text)
+
+
 def _regex(text: str) -> str:
     try:
         re.compile(text)
@@ -171,6 +199,8 @@ SECRET = Kind("TEXT", _secret)
 BOOLEAN = Kind("true|false", _boolean, toml=bool)
 ADDRESS = Kind("ADDRESS", _address)
 IPV4 = Kind("ADDRESS", _ipv4)
+IPV6 = Kind("ADDRESS", _ipv6)
+BLOCKS = Kind("CIDR", _block, toml=list, repeatable=True)
 PORT = Kind("PORT", _integer(0, 65535), toml=int)
 MINUTES = Kind("MINUTES", _integer(1, 24 * 60 - 1, unit=60), toml=int)
 SECONDS = Kind("SECONDS", _integer(1, 365 * 86400), toml=int)
@@ -178,6 +208,7 @@ INTERFACES = Kind("NAME|ADDRESS", _text, toml=list, repeatable=True)
 REGEXES = Kind("REGEX", _regex, toml=list, repeatable=True)
 ENDPOINTS = Kind("URL[,URL...]", _endpoint, toml=list, separator=",")
 KEY_PREFIX = Kind("PREFIX", _key_prefix)
+GUARD = _choice("on", "log", "off")
 LEVELS = _choice("debug", "info", "warning", "error")
 FORMATS = _choice("auto", "console", "json")
 
@@ -288,7 +319,7 @@ class HostOptions(EtcdOptions):
         str | None,
         Declaration(
             "underlay",
-            IPV4,
+            ADDRESS,
             "Use the interface that the kernel would send to this address by, when neither of the above fits.",
             default="none",
         ),
@@ -302,6 +333,20 @@ class HostOptions(EtcdOptions):
             default="address of the interface",
         ),
     ] = None
+    public_ipv6: Annotated[
+        str | None,
+        Declaration(
+            "underlay",
+            IPV6,
+            "IPv6 address that the other hosts send to, where the overlay uses IPv6 below; published in the lease.",
+            default="address of the interface",
+        ),
+    ] = None
+
+    @property
+    def public_addresses(self) -> tuple[bytes, ...]:
+        """Those that were given, packed."""
+        return tuple(pack_address(text) for text in (self.public_ip, self.public_ipv6) if text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -344,6 +389,46 @@ class Options(HostOptions):
     ip_masq: Annotated[
         bool, Declaration("dataplane", BOOLEAN, "Masquerade what pods send to addresses outside the overlay network.")
     ] = False
+    no_masquerade_cidr: Annotated[
+        tuple[Prefix, ...],
+        Declaration(
+            "dataplane",
+            BLOCKS,
+            "Destination outside the overlay that sees the pods' own addresses in spite of --ip-masq. Repeatable.",
+            default="none",
+            flannel=False,
+        ),
+    ] = ()
+    source_guard: Annotated[
+        str,
+        Declaration(
+            "dataplane",
+            GUARD,
+            "Tunnel packets from addresses that are no peer's: on drops and counts them, log counts and logs them, "
+            "off lets them be (for underlays that rewrite source addresses).",
+            flannel=False,
+        ),
+    ] = "on"
+    checksum_probe: Annotated[
+        bool,
+        Declaration(
+            "dataplane",
+            BOOLEAN,
+            "Ask a few peers, by a ping, a SYN and a datagram to closed ports, whether checksums survive the way; "
+            "where the underlay's hardware spoils them, they are computed before.",
+            flannel=False,
+        ),
+    ] = True
+    nexthop_objects: Annotated[
+        bool,
+        Declaration(
+            "dataplane",
+            BOOLEAN,
+            "Route through nexthop objects where the kernel has them (5.3): with plain gateways its time grows with "
+            "the square of the number of peers.",
+            flannel=False,
+        ),
+    ] = True
     healthz_ip: Annotated[str, Declaration("health", ADDRESS, "Address that /healthz and /readyz are served on.")] = (
         "127.0.0.1"
     )
@@ -354,7 +439,7 @@ Chosen = TypeVar("Chosen", bound=EtcdOptions)
 
 
 @dataclass(frozen=True, slots=True)
-class _Entry:
+class Entry:
     """One row of the table, with all the names it goes by."""
 
     attribute: str
@@ -367,7 +452,7 @@ class _Entry:
         if self.declaration.default:
             return self.declaration.default
         if isinstance(self.value, tuple):
-            return ",".join(self.value)
+            return ",".join(map(str, self.value))
         return str(self.value).lower() if isinstance(self.value, bool) else str(self.value)
 
     @property
@@ -385,19 +470,19 @@ class _Entry:
         return (OWN_PREFIX + upper, FLANNEL_PREFIX + upper) if self.declaration.flannel else (OWN_PREFIX + upper,)
 
 
-def _declared() -> list[_Entry]:
+def _declared() -> list[Entry]:
     annotations = get_type_hints(Options, include_extras=True)
-    table = [_Entry(row.name, row.default, annotations[row.name].__metadata__[0]) for row in fields(Options)]
+    table = [Entry(row.name, row.default, annotations[row.name].__metadata__[0]) for row in fields(Options)]
     return sorted(table, key=lambda entry: GROUPS.index(entry.declaration.group))
 
 
-_ALL = {entry.name: entry for entry in _declared()}
+ALL = {entry.name: entry for entry in _declared()}
 
 
-def _table(options: type[EtcdOptions]) -> list[_Entry]:
+def _table(options: type[EtcdOptions]) -> list[Entry]:
     """The rows of `options` in the order of the groups."""
     names = {row.name for row in fields(options)}
-    return [entry for entry in _ALL.values() if entry.attribute in names]
+    return [entry for entry in ALL.values() if entry.attribute in names]
 
 
 _KUBERNETES = (
@@ -405,12 +490,12 @@ _KUBERNETES = (
     "Leave it out and give --etcd-endpoints.",
 )
 _IPTABLES = (
-    "this agent writes no iptables rules; its rules are one nftables table, inet overlay_agent",
+    "this agent's rules are in nftables, and kept in place as soon as somebody changes them",
     "Leave it out.",
 )
 _VERBOSITY = ("log levels have names here", "Use --log-level debug.")
 _GONE = ("flannel has no such mode any more, and this agent neither", "Leave it out.")
-_IPSEC = ("only the vxlan backend is supported", "Leave it out.")
+_IPSEC = ("only the backends vxlan, host-gw and alloc are supported", "Leave it out.")
 
 _NOT_HERE: Mapping[str, tuple[str, str]] = {
     "kube-subnet-mgr": _KUBERNETES,
@@ -422,7 +507,6 @@ _NOT_HERE: Mapping[str, tuple[str, str]] = {
         "the network configuration is read from etcd, not from a file",
         'Put it there: etcdctl put /coreos.com/network/config "$(cat FILE)".',
     ),
-    "public-ipv6": ("only IPv4 underlays are supported in this version", "Leave it out; use --public-ip."),
     "iptables-resync": _IPTABLES,
     "iptables-forward-rules": _IPTABLES,
     "etcd-password": (
@@ -486,7 +570,7 @@ def _unknown(argument: str) -> OptionError:
         return OptionError(_quoted(argument), "this argument belongs to no option", "See overlay-agent --help.")
     if name.lstrip("-") in _NOT_HERE:
         return OptionError(name[:64], *_NOT_HERE[name.lstrip("-")])
-    flags = [entry.flag for entry in _ALL.values() if not entry.declaration.environment_only] + ["--config"]
+    flags = [entry.flag for entry in ALL.values() if not entry.declaration.environment_only] + ["--config"]
     hint = _did_you_mean(name, flags) or "See overlay-agent --help."
     return OptionError(name[:64], "there is no such option", hint)
 
@@ -567,7 +651,7 @@ def resolve(
 
 
 def _find(
-    entry: _Entry,
+    entry: Entry,
     arguments: argparse.Namespace,
     environ: Mapping[str, str],
     file: Mapping[str, Any],
@@ -586,7 +670,7 @@ def _find(
     return None
 
 
-def _read(entry: _Entry, texts: list[str], source: str) -> Any:
+def _read(entry: Entry, texts: list[str], source: str) -> Any:
     kind = entry.declaration.kind
     if kind.separator:
         texts = [part for text in texts for part in text.split(kind.separator) if part.strip()] or [""]
@@ -618,7 +702,7 @@ def _read_toml(text: str, path: str) -> dict[str, Any]:
         place = re.search(r"\(at ([^()]*)\)$", str(error))
         raise OptionError("--config", f"{path} is not TOML" + (f" at {place[1]}" if place else "")) from None
     for key, value in values.items():
-        if key in _ALL and not _ALL[key].declaration.environment_only:
+        if key in ALL and not ALL[key].declaration.environment_only:
             continue
         if key in _NOT_HERE:
             reason, hint = _NOT_HERE[key]
@@ -627,12 +711,12 @@ def _read_toml(text: str, path: str) -> dict[str, Any]:
         elif isinstance(value, dict):
             reason, hint = "there is no such table", 'All keys stand at the top level, as: etcd-prefix = "/net".'
         else:
-            reason, hint = "there is no such key", _did_you_mean(key.replace("_", "-"), _ALL)
+            reason, hint = "there is no such key", _did_you_mean(key.replace("_", "-"), ALL)
         raise OptionError(key[:64], reason, hint, f"file {path}")
     return values
 
 
-def _toml_texts(entry: _Entry, value: Any, path: str) -> list[str]:
+def _toml_texts(entry: Entry, value: Any, path: str) -> list[str]:
     """The value as the texts a flag would have; OptionError if it is of the wrong type."""
     wanted = entry.declaration.kind.toml
     if isinstance(value, list) and wanted is list and value and all(isinstance(item, str) for item in value):
@@ -700,7 +784,7 @@ def ignored_environment(environ: Mapping[str, str]) -> dict[str, str]:
     They are no errors: Kubernetes itself sets OVERLAY_AGENT_PORT and the like in every pod beside a service of
     that name, and flannel's variables may be left over from flannel.
     """
-    known = {variable for entry in _ALL.values() for variable in entry.variables} | {OWN_PREFIX + "CONFIG"}
+    known = {variable for entry in ALL.values() for variable in entry.variables} | {OWN_PREFIX + "CONFIG"}
     # Verbosity that fits nothing here, and harms nothing by that.
     known |= {FLANNEL_PREFIX + name for name in ("V", "VMODULE", "LOG_BACKTRACE_AT")}
     ignored = {}
@@ -711,155 +795,3 @@ def ignored_environment(environ: Mapping[str, str]) -> dict[str, str]:
         reason = _NOT_HERE[name][0] if name in _NOT_HERE else "there is no such option"
         ignored[variable] = reason
     return ignored
-
-
-# --- documentation -----------------------------------------------------------------------------------------------
-
-_TITLES = {
-    "etcd": "etcd",
-    "leases": "Leases",
-    "underlay": "Underlay",
-    "dataplane": "Dataplane",
-    "health": "Health",
-    "logging": "Logging",
-}
-
-_INTRODUCTION = f"""\
-# Configuration
-
-<!-- Generated by `python -m overlay.options`; edit overlay/options.py instead. -->
-
-Two things configure the overlay. The *options* below belong to one host and are read when its agent starts. The
-*network configuration* belongs to the whole cluster and is one key in etcd, see [the end of this page](#network).
-
-## Where an option comes from
-
-The first of these that has it decides:
-
-1. the flag, as `--etcd-prefix=/net` or `--etcd-prefix /net`; flanneld's form with one dash works too;
-2. the environment variable `{OWN_PREFIX}<NAME>`;
-3. flannel's environment variable `{FLANNEL_PREFIX}<NAME>`, for the options that flannel has;
-4. the key `<name>` of a TOML file: `--config FILE`, else `{OWN_PREFIX}CONFIG`, else
-   `{DEFAULT_CONFIG_FILE}` if it exists;
-5. the default.
-
-Empty environment variables count as unset. A variable gives a repeatable option one value; a flag can be repeated,
-and the file takes a list. An unknown flag or key, a value that cannot be read and options that contradict each
-other are refused before anything is changed, with exit code {EXIT_UNUSABLE_OPTIONS}. Unknown variables with one of the
-two prefixes are named in a warning. What follows from other options is not asked for: the device is always called
-`flannel.<VNI>`.
-
-Different from flannel on purpose: `--etcd-endpoints` does not default to port 4001 as well, `--healthz-ip` defaults to
-the loopback address, and a password is not taken from the command line.
-"""
-
-_NETWORK = """\
-<a name="network"></a>
-## The network configuration in etcd
-
-The value of `<etcd-prefix>/config` is a JSON object that the operator writes once for all hosts:
-
-```sh
-etcdctl put /coreos.com/network/config '{"Network": "10.5.0.0/16", "Backend": {"Type": "vxlan"}}'
-```
-
-| key | type | default | meaning |
-| --- | --- | --- | --- |
-| `Network` | string | none, required | The block of all pods' addresses, a /8 to a /28. |
-| `SubnetLen` | number | 24; its length + 2 for a Network beyond /22 | Length of each host's subnet, at most 30. |
-| `SubnetMin` | string | the second subnet of Network | First subnet that is handed out. |
-| `SubnetMax` | string | the last subnet of Network | Last subnet that is handed out. |
-| `Backend.Type` | string | `udp`, as in flannel | Must be `vxlan`: the only backend in this version. |
-| `Backend.VNI` | number | 1 | VXLAN network identifier, 1 to 16777215. |
-| `Backend.Port` | number | 8472 | UDP port of the tunnels. |
-| `Backend.GBP` | boolean | false | The group policy extension of VXLAN. |
-| `Backend.Learning` | boolean | false | Whether the device learns MAC addresses from traffic. |
-| `Backend.MTU` | number | the underlay's less 50 | MTU of the device, 576 to 65535. |
-| `Backend.DirectRouting` | boolean | false | Accepted, reported and not used: traffic takes the tunnel. |
-
-Only IPv4 overlays are supported in this version: `EnableIPv4` must not be false and `EnableIPv6` not true. Keys match
-in any case, unknown ones are reported and read over, and a value of the wrong type is refused with the key's name.
-"""
-
-_EXAMPLE_VALUES: Mapping[str, str] = {
-    "etcd-endpoints": '["https://10.0.0.11:2379", "https://10.0.0.12:2379", "https://10.0.0.13:2379"]',
-    "etcd-cafile": '"/etc/overlay-agent/ca.pem"',
-    "etcd-certfile": '"/etc/overlay-agent/client.pem"',
-    "etcd-keyfile": '"/etc/overlay-agent/client-key.pem"',
-    "etcd-username": '"overlay"',
-    "etcd-password-file": '"/etc/overlay-agent/password"',
-    "iface": '["eth1", "10.0.0.0"]',
-    "iface-regex": '["^ens[0-9]+$"]',
-    "iface-can-reach": '"10.0.0.1"',
-    "public-ip": '"10.0.0.21"',
-    "node-name": '"worker-1"',
-    "subnet-lease-renew-margin": "60",
-}
-
-
-def example() -> str:
-    """A TOML file with every key, commented out: with its default, or a plausible value where there is none."""
-    lines = [
-        "# Options of overlay-agent on this host: copy to " + DEFAULT_CONFIG_FILE + ".",
-        "# Every key is optional; its comment says what holds without it.",
-        "# Flags and environment variables win over this file; docs/configuration.md explains all of them.",
-    ]
-    for group in GROUPS:
-        lines += ["", f"# --- {group} ---"]
-        for entry in _ALL.values():
-            if entry.declaration.group == group and not entry.declaration.environment_only:
-                lines += ["", *_wrap(entry.declaration.meaning + f" Default: {entry.default}.")]
-                lines += [f"#{entry.name} = {_toml_value(entry)}"]
-    return "\n".join(lines) + "\n"
-
-
-def _wrap(text: str) -> list[str]:
-    from textwrap import wrap
-
-    return wrap(text, 100, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False)
-
-
-def _toml_value(entry: _Entry) -> str:
-    if entry.name in _EXAMPLE_VALUES:
-        return _EXAMPLE_VALUES[entry.name]
-    return f'"{entry.value}"' if isinstance(entry.value, str) else str(entry.value).lower()
-
-
-def reference() -> str:
-    """The text of docs/configuration.md."""
-    parts = [_INTRODUCTION]
-    for group in GROUPS:
-        rows = [f"## {_TITLES[group]}", "", "| flag | environment | TOML | default | meaning |", "| --- " * 5 + "|"]
-        for entry in _ALL.values():
-            if entry.declaration.group == group:
-                rows.append(_row(entry))
-        parts.append("\n".join(rows) + "\n")
-    parts.append(
-        "## Example\n\n`deploy/overlay-agent.toml` lists every key with its meaning. A host of a cluster whose etcd "
-        "wants TLS\nneeds as little as this:\n\n"
-        "```toml\n"
-        'etcd-endpoints = ["https://10.0.0.11:2379", "https://10.0.0.12:2379", "https://10.0.0.13:2379"]\n'
-        'etcd-cafile = "/etc/overlay-agent/ca.pem"\n'
-        'etcd-certfile = "/etc/overlay-agent/client.pem"\n'
-        'etcd-keyfile = "/etc/overlay-agent/client-key.pem"\n'
-        'iface = ["eth1"]\n'
-        "ip-masq = true\n"
-        "healthz-port = 10256\n"
-        "```\n"
-    )
-    parts.append(_NETWORK)
-    return "\n".join(parts)
-
-
-def _row(entry: _Entry) -> str:
-    declaration = entry.declaration
-    metavar = declaration.kind.metavar.replace("|", "\\|")
-    flag = "none" if declaration.environment_only else f"`{entry.flag}` {metavar}"
-    names = {str: "string", int: "number", bool: "boolean", list: "list of strings"}
-    key = "none" if declaration.environment_only else f"`{entry.name}`, {names[declaration.kind.toml]}"
-    variables = " ".join(f"`{variable}`" for variable in entry.variables)
-    return f"| {flag} | {variables} | {key} | {entry.default} | {declaration.meaning} |"
-
-
-if __name__ == "__main__":  # pragma: no cover (a test runs it as a process)
-    sys.stdout.write(example() if sys.argv[1:] == ["example"] else reference())

@@ -9,19 +9,20 @@ remembered but the difference. No peer entry is written before the first complet
 """
 
 import errno
+import queue
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import structlog
 
-from overlay.desired import Local, entries_for, ours
-from overlay.device import DeviceSpec, Underlay, device_spec, occupied_links
-from overlay.kernel import DeviceOccupied, KernelRefused, Seen
-from overlay.model import Entry, Op, Put, Refusal
+from overlay.backends import Backend, Here, backend_of, ours
+from overlay.device import DeviceSpec, Underlay, overlay_mtu
+from overlay.kernel import DeviceOccupied, KernelRefused
+from overlay.model import Entry, Op, Put, Refusal, Seen
 from overlay.tracker import Drift, Tracker
-from subnet_lease.model import Lease, NetworkConfig, subnet_key
+from subnet_lease.model import Lease, NetworkConfig, Prefix
 from subnet_lease.store import Changes, Snapshot
 from subnet_lease.table import Host, LeaseTable
 
@@ -44,17 +45,18 @@ SHOWN_KEY = 64
 
 
 class Dataplane(Protocol):
-    """What the reconciler needs of the kernel; see `kernel.Kernel`."""
+    """What the reconciler needs of the kernel; see `dataplane.HostDataplane`."""
 
-    device: int
-
+    @property
+    def tunnels(self) -> Mapping[int, int]: ...
     def wait(self, seconds: float | None) -> None: ...
     def interrupt(self) -> None: ...
     def observe(self) -> Seen: ...
     def apply(self, ops: list[Op]) -> list[Refusal]: ...
     def dump(self, nexthops: bool) -> Iterable[Entry]: ...
     def has_nexthops(self) -> bool: ...
-    def ensure_device(self, spec: DeviceSpec) -> tuple[str, ...]: ...
+    def ensure_devices(self, specs: Sequence[DeviceSpec], link: int) -> Mapping[str, tuple[str, ...]]: ...
+    def remove_strays(self, names: Collection[str]) -> list[str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +64,25 @@ class Stop:
     """A fact: end the loop, leave the dataplane as it is."""
 
 
+class Census(NamedTuple):
+    """The accepted leases, the table's revision and cluster; what a lease calls for on this host, and on which devices
+    (interface indexes by the length of an underlay address)."""
+
+    leases: list[Lease]
+    revision: int
+    cluster: int
+    entries: Callable[[Lease], tuple[Entry, ...]]
+    tunnels: Mapping[int, int]
+
+
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """A fact: somebody wants to know the accepted leases, with the table's revision and cluster."""
+    """A fact: somebody wants to know the peers."""
 
-    answer: Callable[[list[Lease], int, int], None]
+    answer: Callable[[Census], None]
 
 
-Fact = Snapshot | Changes | Lease | NetworkConfig | Survey | Stop
+Fact = Snapshot | Changes | Lease | NetworkConfig | Underlay | Survey | Stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,16 +96,31 @@ class State:
     gap: int = 0
     refused: int = 0
     rejected: int = 0
+    unreachable: int = 0
     drift: int = 0
     revision: int = 0
     trouble: str = ""
 
 
-class Reconciler:
-    """Keeps one device and its entries. `run` in one thread; `post` and `state` from any.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What this host's lease calls for: pods' subnets, IPv4 first; devices (for some backends none) over the interface
+    `underlay`; the MTU of the pods in bytes."""
 
-    `prepare(lease, spec)` is called whenever the device is made or its subnet changes (sysctls, firewall);
-    `on_ready(lease, spec)` after the first pass that tried everything, and again after the subnet changed.
+    subnets: tuple[Prefix, ...]
+    devices: tuple[DeviceSpec, ...]
+    underlay: str
+    mtu: int
+
+
+class Reconciler:
+    """Keeps this host's devices and their entries. `run` in one thread; `post` and `state` from any.
+
+    `prepare(plan)` is called whenever a device is made, the firewall altered or the plan changes, before any entry is
+    written (sysctls, the guard's sets); `protect(plan)` on the same occasions, once the entries are in place, for what
+    would be in the way before (firewall rules); `on_ready(plan)` after the first pass that tried everything, and again
+    after the plan changed. `listed`: whether the firewall wants to know the hosts' addresses. `nexthops`: whether
+    routes may go through nexthop objects, where the kernel has them.
     """
 
     def __init__(
@@ -102,40 +130,71 @@ class Reconciler:
         underlay: Underlay,
         lease: Lease,
         *,
-        prepare: Callable[[Lease, DeviceSpec], None],
-        on_ready: Callable[[Lease, DeviceSpec], None],
+        prepare: Callable[[Plan], None],
+        protect: Callable[[Plan], None],
+        on_ready: Callable[[Plan], None],
         clock: Callable[[], float],
+        listed: bool = False,
+        nexthops: bool = True,
     ) -> None:
         self._kernel = kernel
         self._config = config
         self._underlay = underlay
         self._prepare = prepare
+        self._protect = protect
         self._on_ready = on_ready
         self._clock = clock
+        self._listed = listed
+        self._nexthops = nexthops and kernel.has_nexthops()
         self._log = structlog.get_logger("reconciler")
         self._mailbox: deque[Fact] = deque()
-        self._tracker = Tracker(lambda entry: ours(entry, self._local))
-        self._local = Local(config.block, 0, kernel.has_nexthops())
-        self._hold(lease)
+        self._tracker = Tracker(lambda entry: ours(entry, self._here))
+        self._unreachable: set[str] = set()
+        self._plan = Plan((), (), "", 0)
+        self._placed = False
+        """Whether our devices are there, so that entries can be worked out."""
+        self._lease = lease
+        self._table = self._empty_table()
+        """Which leases are accepted; `_outdated` if that is by what this host was before, until the next snapshot."""
         self._complete = False
         """Whether a snapshot has been taken in, so that what is not wanted may be removed."""
         self._doubt = True
-        """Whether the device or the entries may differ from what we believe, in ways only a dump shows."""
+        """Whether the devices or the entries may differ from what we believe, in ways only a dump shows."""
+        self._moved: set[int] = set()
+        """Devices that send from elsewhere now, while their FDB entries remember the way as it was."""
+        self._replan()
         self._retry = 0.0
         self._let_go_at: float | None = None
         self._drift = 0
         self.state = State()
 
-    def _hold(self, lease: Lease) -> None:
-        """Take `lease` as this host's own; the table starts over and waits for the next snapshot."""
-        vtep = lease.attrs.vtep
-        assert vtep is not None, "our own lease has a VTEP"
-        self._lease = lease
-        self._spec = device_spec(self._config, lease, self._underlay)
-        key = subnet_key(lease.subnet, lease.subnet6)
-        links = occupied_links(self._underlay, self._config.block, lease.subnet)
-        self._table = LeaseTable(self._config, Host(key, lease.subnet, lease.attrs.public_ip, vtep.mac, links))
-        self._prepared = self._announced = False
+    def _empty_table(self) -> LeaseTable:
+        """A table for this host as it is now, to be filled by the next snapshot."""
+        self._outdated = False
+        lease, attrs = self._lease, self._lease.attrs
+        host = Host(
+            key=lease.key,
+            subnets=lease.subnets,
+            addresses=self._underlay.addresses,
+            macs=tuple(vtep.mac for vtep in (attrs.vtep, attrs.vtep6) if vtep is not None),
+            links=self._underlay.links,
+        )
+        return LeaseTable(self._config, host)
+
+    def _replan(self) -> None:
+        """Work out what lease, configuration and underlay call for. It is carried out in the next pass."""
+        config, underlay = self._config, self._underlay
+        backend = backend_of(config)
+        assert backend is not None, "a configuration is looked at before it comes here"
+        self._backend: Backend = backend
+        mtu = overlay_mtu(config, underlay, tunnels=backend.tunnels)
+        plan = Plan(self._lease.subnets, backend.devices(config, self._lease, underlay), underlay.name, mtu)
+        here = Here.of(config, underlay, mtu, nexthops=self._nexthops, listed=self._listed)
+        self._here = replace(here, tunnels=dict(self._kernel.tunnels))
+        if plan != self._plan:
+            self._plan = plan
+            self._prepared = self._protected = self._announced = False
+            self._doubt = True
 
     # --- for other threads ---
 
@@ -143,6 +202,15 @@ class Reconciler:
         """Hand over a fact. Facts of one thread are taken in their order."""
         self._mailbox.append(fact)
         self._kernel.interrupt()
+
+    def survey(self, seconds: float) -> Census | None:
+        """The peers as they are now; None if the loop does not say within `seconds`."""
+        answers: queue.SimpleQueue[Census] = queue.SimpleQueue()
+        self.post(Survey(answers.put))
+        try:
+            return answers.get(timeout=seconds)
+        except queue.Empty:
+            return None
 
     # --- the loop ---
 
@@ -169,28 +237,50 @@ class Reconciler:
                 case Stop():
                     return False
                 case Lease() as lease:
-                    if lease.subnet != self._lease.subnet or lease.attrs != self._lease.attrs:
-                        self._hold(lease)
-                        self._complete, self._doubt = False, True
+                    moved = lease.subnets != self._lease.subnets
+                    if moved or lease.attrs != self._lease.attrs:
+                        self._lease, self._outdated = lease, True
+                        self._replan()
+                    if moved:
+                        # What the table accepts may overlap what is ours now.
+                        self._table, self._complete = self._empty_table(), False
                 case Snapshot() as snapshot:
+                    if self._outdated:
+                        self._table = self._empty_table()
                     changed = self._table.replace(snapshot)
                     del snapshot  # The entries that are made next find room where it was.
                     self._want(changed)
-                    self._want([owner for owner in self._tracker.owners if self._table.accepted(owner) is None])
+                    known = self._tracker.owners | self._unreachable
+                    self._want([owner for owner in known if self._table.accepted(owner) is None])
                     self._complete = True
                     self._wait_for_lingering()
                 case Changes() as changes:
                     if self._complete:
                         self._want(self._table.apply(changes))
                 case NetworkConfig() as config:
-                    # Of the same network and device: what else the operator may change does not concern the table.
+                    # Of the same network and devices: what else the operator may change does not concern the table.
                     self._config = config
-                    self._spec = device_spec(config, self._lease, self._underlay)
-                    self._doubt, self._announced = True, False
+                    self._replan()
+                    self._want_all()
+                case Underlay() as underlay:
+                    # What this host publishes follows in a lease.
+                    self._underlay, self._outdated = underlay, True
+                    self._replan()
+                    self._want_all()
                 case Survey() as survey:
-                    leases = [lease for _, lease in self._table.peers()]
-                    survey.answer(leases, self._table.revision, self._table.cluster_id)
+                    survey.answer(self._census())
         return True
+
+    def _census(self) -> Census:
+        leases = [lease for _, lease in self._table.peers()]
+        backend, here = self._backend, self._here
+        return Census(
+            leases,
+            self._table.revision,
+            self._table.cluster_id,
+            lambda lease: backend.entries(lease, here),
+            here.tunnels,
+        )
 
     def _wait_for_lingering(self) -> None:
         if self._table.lingering and self._let_go_at is None:
@@ -207,9 +297,17 @@ class Reconciler:
 
     def _want(self, keys: Iterable[str]) -> None:
         """Work out anew what these leases call for. As long as there is no device it is nothing: see `_look_again`."""
-        for key in keys if self._local.device else ():
+        for key in keys if self._placed else ():
             lease = self._table.accepted(key)
-            self._tracker.want(key, entries_for(lease, self._local) if lease else ())
+            entries = self._backend.entries(lease, self._here) if lease else ()
+            self._tracker.want(key, entries)
+            if lease and not entries and self._backend.routes:
+                self._unreachable.add(key)
+            else:
+                self._unreachable.discard(key)
+
+    def _want_all(self) -> None:
+        self._want(key for key, _ in self._table.peers())
 
     def _pass(self) -> None:
         started = self._clock()
@@ -218,7 +316,9 @@ class Reconciler:
         drifts = self._tracker.saw(seen.sights)
         if seen.lost:
             self._log.warning("notifications_lost", remedy="all entries are read again and compared")
-        if self._doubt or seen.lost or seen.device_changed:
+        if seen.firewall_changed:
+            self._prepared = self._protected = False
+        if self._doubt or seen.lost or seen.device_changed or seen.firewall_changed:
             drifts += self._look_again()
         puts, drops, refusals = self._close_gap() if self._complete else (0, 0, [])
         if refusals:
@@ -227,9 +327,13 @@ class Reconciler:
         else:
             self._retry = 0.0
         self._report(puts, drops, refusals, drifts, self._clock() - started)
+        if self._complete and not self._protected:
+            self._protected = True
+            self._protect(self._plan)
         if self._complete and not self._announced:
             self._announced = True
-            self._on_ready(self._lease, self._spec)
+            self._on_ready(self._plan)
+            self._remove_strays()
         self._publish("")
 
     def _close_gap(self) -> tuple[int, int, list[Refusal]]:
@@ -243,19 +347,30 @@ class Reconciler:
         return puts, len(ops) - len(refusals) - puts, refusals
 
     def _look_again(self) -> list[Drift]:
-        """Mend the device, then read everything from the kernel."""
-        changes = self._kernel.ensure_device(self._spec)
-        if changes:
-            self._log.info("device_set", device=self._spec.name, changes=list(changes), mtu=self._spec.mtu)
-        if self._local.device != self._kernel.device:
-            self._local = replace(self._local, device=self._kernel.device)
-            self._want(key for key, _ in self._table.peers())
+        """Mend the devices, then read everything from the kernel."""
+        changes = self._kernel.ensure_devices(self._plan.devices, self._underlay.index)
+        for spec in self._plan.devices:
+            if spec.name in changes:
+                self._log.info("device_set", device=spec.name, changes=list(changes[spec.name]), mtu=spec.mtu)
+                if {"link", "local"}.intersection(changes[spec.name]):
+                    self._moved.add(self._kernel.tunnels[len(spec.local)])
+        if self._here.tunnels != self._kernel.tunnels or not self._placed:
+            self._here = replace(self._here, tunnels=dict(self._kernel.tunnels))
+            self._placed = True
+            self._want_all()
         if changes or not self._prepared:
-            self._prepare(self._lease, self._spec)
-            self._prepared = True
-        drifts = self._tracker.saw_all(self._kernel.dump(self._local.nexthops))
+            self._prepared, self._protected = True, False
+            self._prepare(self._plan)
+        drifts = self._tracker.saw_all(self._kernel.dump(self._nexthops))
+        self._tracker.renew(self._moved)
+        self._moved.clear()
         self._doubt = False
         return drifts
+
+    def _remove_strays(self) -> None:
+        """Take away devices of ours that nothing runs over any more, after all that replaces them is in place."""
+        for name in self._kernel.remove_strays([spec.name for spec in self._plan.devices]):
+            self._log.info("device_removed", device=name, reason="the network configuration does not call for it")
 
     def _postpone(self) -> None:
         self._retry = min(2 * self._retry, RETRY_MOST) if self._retry else RETRY
@@ -289,6 +404,10 @@ class Reconciler:
         if self._table.rejected_count > self.state.rejected:
             reasons = [f"{key[:SHOWN_KEY]}: {reason}" for key, reason in self._table.some_rejected(SHOWN)]
             self._log.warning("leases_rejected", rejected=self._table.rejected_count, reasons=reasons)
+        if len(self._unreachable) > self.state.unreachable:
+            peers = sorted(self._unreachable)[:SHOWN]
+            reason = "no underlay in common" if self._backend.tunnels else "on no link of this host"
+            self._log.warning("peers_unreachable", unreachable=len(self._unreachable), peers=peers, reason=reason)
         self.state = State(
             ready=self._announced and not trouble,
             beat=self._clock(),
@@ -297,6 +416,7 @@ class Reconciler:
             gap=tracker.gap,
             refused=len(tracker.refused),
             rejected=self._table.rejected_count,
+            unreachable=len(self._unreachable),
             drift=self._drift,
             revision=self._table.revision,
             trouble=trouble,

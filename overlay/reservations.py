@@ -1,35 +1,37 @@
 """`overlay-agent reserve` and `unreserve`: a subnet that belongs to one host for as long as the operator wants.
 
-A reservation is a lease key without an etcd lease, as in flannel: the host with its PublicIP takes the subnet, and no
-time takes it away. One that is made before its host has come must already have a well-formed value, for flanneld drops
-all its peers over a value that it cannot read. It carries a MAC of our making, which the host's agent adopts on its
-first start, so that its peers have the right entries even before.
+A reservation is a lease key without an etcd lease, as in flannel: the host with its PublicIP takes the subnets, and no
+time takes them away. One that is made before its host has come must already have a well-formed value, for flanneld
+drops all its peers over a value that it cannot read. It carries a MAC of our making, which the host's agent adopts on
+its first start, so that its peers have the right entries even before.
 
 Every write is a transaction on the revision that was looked at, and a few are tried before giving up. After each the
 store is looked at again: hosts write keys of their own meanwhile.
 """
 
-import argparse
 from collections.abc import Iterable, Iterator, Sequence
 
 from overlay.device import derived_mac
 from overlay.listing import holder
+from overlay.options import argument
 from subnet_lease.model import (
     LeaseAttrs,
     LeaseInvalid,
     NetworkConfig,
     Prefix,
+    SubnetRange,
     Vtep,
     decode_attrs,
     encode_attrs,
     format_address,
     format_mac,
+    format_subnets,
     pack_address,
     parse_subnet_key,
     subnet_key,
 )
 from subnet_lease.store import Record, Store
-from subnet_lease.table import UNROUTABLE
+from subnet_lease.table import possible_host
 
 ATTEMPTS = 5
 
@@ -44,184 +46,213 @@ class ReservationRefused(Exception):
     """It cannot be reserved, or taken back; the text says why and how to mend it."""
 
 
-def subnet_argument(text: str) -> Prefix:
-    """SUBNET of a command line, for argparse."""
-    try:
-        subnet = Prefix.parse(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if len(subnet.base) != 4:
-        raise argparse.ArgumentTypeError(f"{subnet} is not an IPv4 subnet")
-    return subnet
+def _subnets(text: str) -> tuple[Prefix, ...]:
+    subnets = tuple(sorted(map(Prefix.parse, text.split(",")), key=lambda subnet: len(subnet.base)))
+    if len({len(subnet.base) for subnet in subnets}) < len(subnets):
+        raise ValueError(f"{text[:64]!r} has several subnets of one address family")
+    return subnets
 
 
-def address_argument(text: str) -> bytes:
-    """A packed IPv4 address of a command line, for argparse."""
-    try:
-        packed = pack_address(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-    if len(packed) != 4:
-        raise argparse.ArgumentTypeError(f"{text} is not an IPv4 address")
-    return packed
+subnets_argument = argument(_subnets)
+"""SUBNET of a command line, `10.5.34.0/24` or `10.5.34.0/24,fd00:34::/64`: one of each address family, IPv4 first."""
+
+address_argument = argument(pack_address)
+"""A packed address of a command line."""
 
 
 # --- reserve -----------------------------------------------------------------------------------------------------
 
 
-def reserve(store: Store, config: NetworkConfig, subnet: Prefix, public_ip: bytes) -> str:
-    """Reserve `subnet` for the host of `public_ip`; what was done, for people. StoreError, ReservationRefused.
+def reserve(store: Store, config: NetworkConfig, subnets: Sequence[Prefix], address: bytes) -> str:
+    """Reserve `subnets` for the host of `address`; what was done, for people. StoreError, ReservationRefused.
 
-    What the host leases already becomes its reservation, with the value that it has.
+    `address` is of the underlay, of either family. What the host leases already becomes its reservation, with the value
+    that it has.
     """
-    check(config, subnet, public_ip)
-    key, host = subnet_key(subnet), format_address(public_ip)
-    done = f"{subnet} is reserved for {host} already"
+    check(config, subnets, address)
+    key, text, host = _key(subnets), format_subnets(subnets), format_address(address)
+    done = f"{text} {_is(subnets)} reserved for {host} already"
     created = 0
     for _ in range(ATTEMPTS):
         records = store.snapshot().records
         try:
-            own = own_record(records, subnet, public_ip)
+            own = own_record(records, subnets, address)
         except ReservationRefused:
-            # The host took something else after the store was looked at first: it keeps that.
-            if created:
-                store.delete(key, created)
+            # The host took something else after the store was looked at first: it keeps that, unless it has seen the
+            # reservation meanwhile and is about to take it.
+            if created and not store.delete(key, created):
+                created = 0
+                continue
             raise
         if own is None:
-            created = store.create(key, reserved_value(config, subnet, public_ip, records), 0)
-            done = f"{subnet} is reserved for {host}"
+            created = store.create(key, reserved_value(config, subnets, address, records), 0)
+            done = f"{text} {_is(subnets)} reserved for {host}"
         elif own.etcd_lease:
             # Its etcd lease is left to end by itself: who knows what else hangs on it.
             store.replace(key, own.value, 0, own.mod_revision)
-            done = f"{subnet}, which {host} leased, is reserved for it from now on"
+            done = f"{text}, which {host} leased, {_is(subnets)} reserved for it from now on"
         else:
             return done
     raise ReservationRefused("its key keeps changing; run the command again")
 
 
-def check(config: NetworkConfig, subnet: Prefix, public_ip: bytes) -> None:
+def check(config: NetworkConfig, subnets: Sequence[Prefix], address: bytes) -> None:
     """ReservationRefused unless the agents, and flanneld, would use such a reservation."""
-    low, high = format_address(config.subnet_min), format_address(config.subnet_max)
-    if subnet.length != config.subnet_len:
-        raise ReservationRefused(f"hosts of this network have a /{config.subnet_len} each; give one of that length")
-    if not config.subnet_min <= subnet.base <= config.subnet_max:
-        # flanneld deletes such a reservation when its host starts (source: isSubnetConfigCompat).
-        raise ReservationRefused(
-            f"it does not lie between SubnetMin {low} and SubnetMax {high}; choose another, or widen these"
-        )
-    if config.block.holds(public_ip):
-        raise ReservationRefused(
-            f"--public-ip {format_address(public_ip)} lies inside the overlay, {config.block}; "
-            "give the host's address on the underlay"
-        )
-    if public_ip[0] in UNROUTABLE:
-        raise ReservationRefused(f"--public-ip {format_address(public_ip)} cannot be a host's address")
+    ranges = {len(available.network.base): available for available in config.ranges}
+    if {len(subnet.base) for subnet in subnets} != ranges.keys():
+        # flanneld deletes any other when its host starts (source: isSubnetConfigCompat, isIPv6SubnetConfigCompat).
+        example = ",".join(str(Prefix(each.first, each.length)) for each in config.ranges)
+        raise ReservationRefused(f"hosts of this network have subnets as {example}; give such a one")
+    for subnet in subnets:
+        _check_range(ranges[len(subnet.base)], subnet)
+    host = format_address(address)
+    for block in config.blocks:
+        if block.holds(address):
+            raise ReservationRefused(
+                f"--public-ip {host} lies inside the overlay, {block}; give the host's address on the underlay"
+            )
+    if not possible_host(address):
+        raise ReservationRefused(f"--public-ip {host} cannot be a host's address")
 
 
-def own_record(records: Iterable[Record], subnet: Prefix, public_ip: bytes) -> Record | None:
-    """The record that `subnet` has if it is the host's; None if it is free. ReservationRefused if either has others."""
+def _check_range(available: SubnetRange, subnet: Prefix) -> None:
+    if subnet.length != available.length:
+        raise ReservationRefused(f"hosts of this network have a /{available.length} each; give one of that length")
+    if not available.first <= subnet.base <= available.last:
+        low, high = format_address(available.first), format_address(available.last)
+        names = ("SubnetMin", "SubnetMax") if len(subnet.base) == 4 else ("IPv6SubnetMin", "IPv6SubnetMax")
+        raise ReservationRefused(
+            f"{subnet} does not lie between {names[0]} {low} and {names[1]} {high}; choose another, or widen these"
+        )
+
+
+def own_record(records: Iterable[Record], subnets: Sequence[Prefix], address: bytes) -> Record | None:
+    """The record that `subnets` have if it is the host's; None if they are free. ReservationRefused if others are in
+    the way."""
     own = None
-    host, text = format_address(public_ip), format_address(public_ip).encode()
+    host, text = format_address(address), format_address(address).encode()
     for record in records:
         try:
-            taken = parse_subnet_key(record.key)[0]
+            taken = tuple(filter(None, parse_subnet_key(record.key)))
         except LeaseInvalid:
             continue
-        if not taken.overlaps(subnet) and text not in record.value:
+        overlaps = any(one.overlaps(other) for one in taken for other in subnets)
+        if not overlaps and text not in record.value:
             continue  # spares decoding thousands of others
         kind = "leased" if record.etcd_lease else "reserved"
         attrs = _attrs(record)
-        if attrs is not None and attrs.public_ip == public_ip:
-            if record.key == subnet_key(subnet):
+        if attrs is not None and address in (attrs.public_ip, attrs.public_ip6):
+            if record.key == _key(subnets):
                 own = record
                 continue
-            raise ReservationRefused(f"{host} has {taken} {kind} already; {_way_out(record, taken, same_host=True)}")
-        if taken.overlaps(subnet):
+            raise ReservationRefused(
+                f"{host} has {format_subnets(taken)} {kind} already; {_way_out(record, taken, same_host=True)}"
+            )
+        if overlaps:
             by = (
                 f" {'by' if record.etcd_lease else 'for'} {holder(attrs)}"
                 if attrs
                 else ", with a value that cannot be read"
             )
-            raise ReservationRefused(f"{taken} is {kind}{by}; {_way_out(record, taken, same_host=False)}")
+            raise ReservationRefused(
+                f"{format_subnets(taken)} {_is(taken)} {kind}{by}; {_way_out(record, taken, same_host=False)}"
+            )
     return own
 
 
-def _way_out(record: Record, taken: Prefix, *, same_host: bool) -> str:
+def _key(subnets: Sequence[Prefix]) -> str:
+    by_family = {len(subnet.base): subnet for subnet in subnets}
+    return subnet_key(by_family.get(4), by_family.get(16))
+
+
+def _is(subnets: Sequence[Prefix]) -> str:
+    return "is" if len(subnets) == 1 else "are"
+
+
+def _way_out(record: Record, taken: Sequence[Prefix], *, same_host: bool) -> str:
     if not record.etcd_lease:
-        return f"take that back first: overlay-agent unreserve {taken}"
+        return f"take that back first: overlay-agent unreserve {','.join(map(str, taken))}"
     if same_host:
         return "reserve that one, or stop its agent and give it back there: overlay-agent cleanup --release"
     return "choose another, or stop that host's agent and give it back there: overlay-agent cleanup --release"
 
 
-def reserved_value(config: NetworkConfig, subnet: Prefix, public_ip: bytes, records: Sequence[Record] = ()) -> bytes:
+def reserved_value(
+    config: NetworkConfig, subnets: Sequence[Prefix], address: bytes, records: Sequence[Record] = ()
+) -> bytes:
     """What a reservation says before its host has come: the same at each call, with a MAC that none of `records` has.
 
-    Backends without a tunnel have no BackendData.
+    Backends without a tunnel have no VTEP.
     """
     vtep = None
     if config.backend.type == "vxlan":
-        for mac in _macs(subnet, public_ip, config.backend.vni):
+        for mac in _macs(subnets, address, config.backend.vni):
             text = format_mac(mac).encode()
             if not any(text in record.value.lower() for record in records):
                 vtep = Vtep(config.backend.vni, mac)
                 break
         else:
             raise ReservationRefused("other leases have all the MACs that it could get")
-    return encode_attrs(LeaseAttrs(public_ip, config.backend.type, vtep))
+    attrs = LeaseAttrs(None, config.backend.type, None)
+    if len(address) == 4:
+        return encode_attrs(attrs._replace(public_ip=address, vtep=vtep))
+    return encode_attrs(attrs._replace(public_ip6=address, vtep6=vtep))
 
 
-def _macs(subnet: Prefix, public_ip: bytes, vni: int) -> Iterator[bytes]:
+def _macs(subnets: Sequence[Prefix], address: bytes, vni: int) -> Iterator[bytes]:
     for number in range(_MACS):
-        yield derived_mac("reservation", str(subnet), format_address(public_ip), str(vni), str(number))
+        yield derived_mac("reservation", ",".join(map(str, subnets)), format_address(address), str(vni), str(number))
 
 
 # --- unreserve ---------------------------------------------------------------------------------------------------
 
 
-def unreserve(store: Store, subnet: Prefix) -> str:
-    """Let time have `subnet` again; what was done, for people. StoreError, ReservationRefused.
+def unreserve(store: Store, subnets: Sequence[Prefix]) -> str:
+    """Let time have `subnets` again; what was done, for people. StoreError, ReservationRefused.
 
-    What no host has taken is deleted. Else the key stays as it is and gets an etcd lease: peers see no change, the
-    host's agent renews that lease, and without one it ends.
+    One of the subnets is enough to name a host's. What no host has taken is deleted. Else the key stays as it is and
+    gets an etcd lease: peers see no change, the host's agent renews that lease, and without one it ends.
     """
     for _ in range(ATTEMPTS):
-        record = _record_of(store.snapshot().records, subnet)
+        record = _record_of(store.snapshot().records, subnets)
         if record is None:
-            return f"{subnet} is neither reserved nor leased"
+            return f"{format_subnets(subnets)} {_is(subnets)} neither reserved nor leased"
+        held = tuple(filter(None, parse_subnet_key(record.key)))
+        text, verb = format_subnets(held), _is(held)
         attrs = _attrs(record)
         if record.etcd_lease:
             by = f" by {holder(attrs)}" if attrs else ""
-            return f"{subnet} is leased{by}, not reserved: it ends by itself unless its host renews it"
-        if attrs is None or _untouched(record, subnet, attrs):
+            return f"{text} {verb} leased{by}, not reserved: the lease ends by itself unless its host renews it"
+        if attrs is None or _untouched(record, held, attrs):
             if store.delete(record.key, record.mod_revision):
-                why = f"{format_address(attrs.public_ip)} had not come for it" if attrs else "its value was unreadable"
-                return f"{subnet} is free: {why}"
+                why = f"{holder(attrs)} had not come for it" if attrs else "its value was unreadable"
+                return f"{text} {verb} free: {why}"
             continue
         etcd_lease = store.grant(LEASE_TTL_S)
         if store.replace(record.key, record.value, etcd_lease, record.mod_revision):
             return (
-                f"{subnet} is leased by {holder(attrs)} from now on: it ends in {LEASE_TTL_S // 3600} h "
+                f"{text} {verb} leased by {holder(attrs)} from now on: the lease ends in {LEASE_TTL_S // 3600} h "
                 "unless its host renews it"
             )
         store.revoke(etcd_lease)
     raise ReservationRefused("its key keeps changing; run the command again")
 
 
-def _untouched(record: Record, subnet: Prefix, attrs: LeaseAttrs) -> bool:
+def _untouched(record: Record, subnets: Sequence[Prefix], attrs: LeaseAttrs) -> bool:
     """Whether the value is still the one that `reserve` wrote: a host that takes it writes its own facts."""
-    vtep = attrs.vtep
+    vtep, address = attrs.vtep or attrs.vtep6, attrs.underlay_ip
     return (
         record.mod_revision == record.create_revision
         and not attrs.extra
-        and (vtep is None or vtep.mac in _macs(subnet, attrs.public_ip, vtep.vni))
+        and not attrs.mtu
+        and (vtep is None or (address is not None and vtep.mac in _macs(subnets, address, vtep.vni)))
     )
 
 
-def _record_of(records: Iterable[Record], subnet: Prefix) -> Record | None:
+def _record_of(records: Iterable[Record], subnets: Sequence[Prefix]) -> Record | None:
     for record in records:
         try:
-            if parse_subnet_key(record.key)[0] == subnet:
+            if set(subnets) <= set(parse_subnet_key(record.key)):
                 return record
         except LeaseInvalid:
             continue

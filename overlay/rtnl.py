@@ -10,10 +10,10 @@ Byte order is the host's own, as netlink has it; addresses inside attributes are
 
 import errno
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
-from overlay.model import Entry, Fdb, Gone, Neighbour, NextHop, Route, Sight
+from overlay.model import PROTOCOL, Entry, Fdb, Gone, Guard, Neighbour, NextHop, Route, Sight
 from subnet_lease.model import Prefix
 
 # Message types.
@@ -28,16 +28,22 @@ NEWNEXTHOP, DELNEXTHOP, GETNEXTHOP = 104, 105, 106
 REQUEST, ACK, DUMP_INTERRUPTED = 0x1, 0x4, 0x10
 REPLACE, CREATE, DUMP = 0x100, 0x400, 0x300
 
-AF_INET, AF_BRIDGE = 2, 7
+AF_INET, AF_BRIDGE, AF_INET6 = 2, 7, 10
+FAMILY = {4: AF_INET, 16: AF_INET6}
+"""Address family by the length of a packed address."""
+
 NTF_SELF = 0x02
 RT_TABLE_MAIN = 254
-RT_SCOPE_UNIVERSE, RT_SCOPE_NOWHERE = 0, 255
+RTPROT_UNSPEC = 0
+RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RT_SCOPE_NOWHERE = 0, 253, 255
 RTM_F_CLONED = 0x200
 RTNH_F_ONLINK = 4
 
 NDA_DST, NDA_LLADDR, NDA_CACHEINFO, NDA_PROBES, NDA_PORT, NDA_VNI, NDA_IFINDEX = 1, 2, 3, 4, 6, 7, 8
 RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_TABLE, RTA_NH_ID = 1, 4, 5, 6, 15, 30
 RTA_PREFSRC, RTA_METRICS, RTA_FLOW, RTA_ENCAP = 7, 8, 11, 22
+RTAX_MTU = 2
+IP6_RT_PRIO_USER = 1024  # What IPv6 makes of no metric (linux/ipv6_route.h).
 NHA_ID, NHA_OIF, NHA_GATEWAY = 1, 5, 6
 
 HEADER = struct.Struct("=IHHII")  # nlmsg_len, nlmsg_type, nlmsg_flags, nlmsg_seq, nlmsg_pid
@@ -45,16 +51,19 @@ _NDMSG = struct.Struct("=BBHiHBB")  # family, pad, pad, ifindex, state, flags, t
 _RTMSG = struct.Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, protocol, scope, type, flags
 _NHMSG = struct.Struct("=BBBBI")  # family, scope, protocol, reserved, flags
 _IFINDEX = struct.Struct("=xxxxi")  # of both ifinfomsg and ifaddrmsg
+_SCOPE_AT = 3  # ifa_scope in ifaddrmsg
 _ATTR = struct.Struct("=HH")
 _U32 = struct.Struct("=I")
 _ERROR = struct.Struct("=i")
 
 # Whole messages as they are put: header, body, attributes. Packed in one call, for they are made by the ten thousand.
-_PUT_FDB = struct.Struct("=IHHII BBHiHBB HH6s2x HH4s")
-_PUT_NEIGHBOUR = struct.Struct("=IHHII BBHiHBB HH4s HH6s2x")
-_PUT_NEXTHOP = struct.Struct("=IHHII BBBBI HHI HH4s HHI")
-_PUT_ROUTE = struct.Struct("=IHHII BBBBBBBBI HH4s HHI")
-_PUT_PLAIN_ROUTE = struct.Struct("=IHHII BBBBBBBBI HH4s HH4s HHI")
+# By the length of an address, which is all that differs between the families.
+_PUT_FDB = {size: struct.Struct(f"=IHHII BBHiHBB HH6s2x HH{size}s") for size in FAMILY}
+_PUT_NEIGHBOUR = {size: struct.Struct(f"=IHHII BBHiHBB HH{size}s HH6s2x") for size in FAMILY}
+_PUT_NEXTHOP = {size: struct.Struct(f"=IHHII BBBBI HHI HH{size}s HHI") for size in FAMILY}
+_PUT_ROUTE = {size: struct.Struct(f"=IHHII BBBBBBBBI HH{size}s HHI") for size in FAMILY}
+_PUT_PLAIN_ROUTE = {size: struct.Struct(f"=IHHII BBBBBBBBI HH{size}s HH{size}s HHI") for size in FAMILY}
+_PUT_MTU = struct.Struct("=HH HHI")
 
 
 # Bodies as the kernel (6.18) writes what we have put. Anything else is read attribute by attribute, to the same result.
@@ -74,6 +83,7 @@ _NEIGHBOUR_HEADS = _heads((4, NDA_DST), (6, NDA_LLADDR), (4, NDA_PROBES), (16, N
 _NEXTHOP_HEADS = _heads((4, NHA_ID), (4, NHA_OIF), (4, NHA_GATEWAY))
 _ROUTE_HEADS = _heads((4, RTA_TABLE), (4, RTA_DST), (4, RTA_NH_ID), (4, RTA_GATEWAY), (4, RTA_OIF))
 _PLAIN_MAIN = (AF_INET, 0, 0, RT_TABLE_MAIN)
+_NO_ADDRESS = {AF_INET: bytes(4), AF_INET6: bytes(16)}
 
 
 class Message(NamedTuple):
@@ -109,74 +119,104 @@ def error_of(buffer: bytes, message: Message) -> int:
 # --- building ----------------------------------------------------------------------------------------------------
 
 
-def put(entry: Entry, device: int, sequence: int, *, ack: bool = True) -> bytes:
-    """A message that makes the kernel's entry equal to `entry`. `device` is our interface's index.
+def put(entry: Entry, sequence: int, *, ack: bool = True) -> bytes:
+    """A message that makes the kernel's entry equal to `entry`.
 
-    `ack`: whether success is to be answered; a refusal always is. For IPv4: addresses have 4 bytes, MACs 6.
+    `ack`: whether success is to be answered; a refusal always is. Addresses have 4 or 16 bytes, MACs 6.
     """
     flags = REQUEST | CREATE | REPLACE | (ACK if ack else 0)
     match entry:
         case Fdb():
-            return _PUT_FDB.pack(
-                _PUT_FDB.size, NEWNEIGH, flags, sequence, 0,
+            (device, mac), remote = entry.at, entry.remote
+            size = len(remote)
+            layout = _PUT_FDB[size]
+            return layout.pack(
+                layout.size, NEWNEIGH, flags, sequence, 0,
                 AF_BRIDGE, 0, 0, device, entry.state, NTF_SELF, 0,
-                10, NDA_LLADDR, entry.mac,
-                8, NDA_DST, entry.remote,
+                10, NDA_LLADDR, mac,
+                4 + size, NDA_DST, remote,
             )  # fmt: skip
         case Neighbour():
-            return _PUT_NEIGHBOUR.pack(
-                _PUT_NEIGHBOUR.size, NEWNEIGH, flags, sequence, 0,
-                AF_INET, 0, 0, device, entry.state, 0, 0,
-                8, NDA_DST, entry.address,
+            device, address = entry.at
+            size = len(address)
+            layout = _PUT_NEIGHBOUR[size]
+            return layout.pack(
+                layout.size, NEWNEIGH, flags, sequence, 0,
+                FAMILY[size], 0, 0, device, entry.state, 0, 0,
+                4 + size, NDA_DST, address,
                 10, NDA_LLADDR, entry.mac,
             )  # fmt: skip
         case NextHop():
-            return _PUT_NEXTHOP.pack(
-                _PUT_NEXTHOP.size, NEWNEXTHOP, flags, sequence, 0,
-                AF_INET, 0, entry.protocol, 0, RTNH_F_ONLINK,
+            size = len(entry.gateway)
+            layout = _PUT_NEXTHOP[size]
+            return layout.pack(
+                layout.size, NEWNEXTHOP, flags, sequence, 0,
+                FAMILY[size], 0, entry.protocol, 0, RTNH_F_ONLINK,
                 8, NHA_ID, entry.id,
-                8, NHA_GATEWAY, entry.gateway,
+                4 + size, NHA_GATEWAY, entry.gateway,
                 8, NHA_OIF, entry.device,
             )  # fmt: skip
-        case Route() if entry.nexthop:
-            base, length = entry.destination
-            return _PUT_ROUTE.pack(
-                _PUT_ROUTE.size, NEWROUTE, flags, sequence, 0,
-                AF_INET, length, 0, 0, RT_TABLE_MAIN, entry.protocol, RT_SCOPE_UNIVERSE, entry.kind, 0,
-                8, RTA_DST, base,
-                8, RTA_NH_ID, entry.nexthop,
-            )  # fmt: skip
         case Route():
-            base, length = entry.destination
-            return _PUT_PLAIN_ROUTE.pack(
-                _PUT_PLAIN_ROUTE.size, NEWROUTE, flags, sequence, 0,
-                AF_INET, length, 0, 0, RT_TABLE_MAIN, entry.protocol, RT_SCOPE_UNIVERSE, entry.kind, RTNH_F_ONLINK,
-                8, RTA_DST, base,
-                8, RTA_GATEWAY, entry.gateway,
+            (base, length), mtu = entry.destination, b""
+            size = len(base)
+            if entry.mtu:
+                mtu = _PUT_MTU.pack(_PUT_MTU.size, RTA_METRICS, 8, RTAX_MTU, entry.mtu)
+            if entry.nexthop:
+                layout = _PUT_ROUTE[size]
+                return layout.pack(
+                    layout.size + len(mtu), NEWROUTE, flags, sequence, 0,
+                    FAMILY[size], length, 0, 0, RT_TABLE_MAIN, entry.protocol, RT_SCOPE_UNIVERSE, entry.kind, 0,
+                    4 + size, RTA_DST, base,
+                    8, RTA_NH_ID, entry.nexthop,
+                ) + mtu  # fmt: skip
+            layout = _PUT_PLAIN_ROUTE[size]
+            return layout.pack(
+                layout.size + len(mtu), NEWROUTE, flags, sequence, 0,
+                FAMILY[size], length, 0, 0, RT_TABLE_MAIN, entry.protocol, RT_SCOPE_UNIVERSE, entry.kind, RTNH_F_ONLINK,
+                4 + size, RTA_DST, base,
+                4 + size, RTA_GATEWAY, entry.gateway,
                 8, RTA_OIF, entry.device,
-            )  # fmt: skip
+            ) + mtu  # fmt: skip
+        case Guard():
+            raise ValueError("the guard is no matter of routing")
 
 
-def drop(entry: Entry, device: int, sequence: int, *, ack: bool = True) -> bytes:
+def drop(entry: Entry, sequence: int, *, ack: bool = True) -> bytes:
     """A message that removes `entry`; the answer is ENOENT or ESRCH where it is absent already. `ack` as in `put`."""
     flags = REQUEST | (ACK if ack else 0)
     match entry:
         case Fdb():
+            device, mac = entry.at
             # Without NDA_DST the whole entry goes; with a wrong one the kernel reports success and does nothing.
-            body = _NDMSG.pack(AF_BRIDGE, 0, 0, device, entry.state, NTF_SELF, 0) + _attr(NDA_LLADDR, entry.mac)
+            body = _NDMSG.pack(AF_BRIDGE, 0, 0, device, entry.state, NTF_SELF, 0) + _attr(NDA_LLADDR, mac)
             return _message(DELNEIGH, flags, sequence, body)
         case Neighbour():
-            body = _NDMSG.pack(AF_INET, 0, 0, device, entry.state, 0, 0) + _attr(NDA_DST, entry.address)
+            device, address = entry.at
+            body = _NDMSG.pack(FAMILY[len(address)], 0, 0, device, entry.state, 0, 0) + _attr(NDA_DST, address)
             return _message(DELNEIGH, flags, sequence, body)
         case NextHop():
             body = _NHMSG.pack(0, 0, 0, 0, 0) + _number(NHA_ID, entry.id)
             return _message(DELNEXTHOP, flags, sequence, body)
         case Route():
             # Scope "nowhere" matches any; the protocol must match, so that a stranger's route is never hit.
-            body = _RTMSG.pack(
-                AF_INET, entry.destination.length, 0, 0, RT_TABLE_MAIN, entry.protocol, RT_SCOPE_NOWHERE, 0, 0
-            )
-            return _message(DELROUTE, flags, sequence, body + _attr(RTA_DST, entry.destination.base))
+            base, length = entry.destination
+            body = _RTMSG.pack(FAMILY[len(base)], length, 0, 0, RT_TABLE_MAIN, entry.protocol, RT_SCOPE_NOWHERE, 0, 0)
+            # Where IPv4 sorts by metric, so that ours, of none, is the first that fits, IPv6 must be told it.
+            metric = _number(RTA_PRIORITY, IP6_RT_PRIO_USER) if len(base) == 16 else b""
+            return _message(DELROUTE, flags, sequence, body + _attr(RTA_DST, base) + metric)
+        case Guard():
+            raise ValueError("the guard is no matter of routing")
+
+
+def clear(entry: Entry, sequence: int) -> bytes:
+    """A message that removes what keeps the kernel from putting `entry`; answered as `drop` without `ack`.
+
+    IPv4 replaces a stranger's route in place, and only ours may have to go. IPv6 refuses a gateway as long as a route
+    leads to it by another device (ip6_route_check_nh_onlink); so that route goes, whoever's it is.
+    """
+    if isinstance(entry, Route) and len(entry.destination.base) == 16:
+        entry = entry._replace(protocol=RTPROT_UNSPEC)
+    return drop(entry, sequence, ack=False)
 
 
 def end_of_batch(sequence: int) -> bytes:
@@ -187,26 +227,38 @@ def end_of_batch(sequence: int) -> bytes:
     return _message(NLMSG_NOOP, REQUEST | ACK, sequence, b"")
 
 
-def dump_requests(device: int, nexthops: bool) -> list[bytes]:
-    """Requests whose answers together are all entries on `device`. The kernel filters where it can.
+def dump_requests(tunnels: Iterable[int], links: Iterable[int], nexthops: bool) -> Iterator[bytes]:
+    """Requests whose answers together are all entries on the tunnels' devices, and all routes that leave by `links`.
 
-    Needs NETLINK_GET_STRICT_CHK on the socket, without which it ignores the filters.
+    Both are interface indexes. Needs NETLINK_GET_STRICT_CHK on the socket: without it the kernel ignores the filters.
     """
     dump = REQUEST | DUMP
-    oif = _number(RTA_OIF, device)
-    requests = [
-        _message(GETNEIGH, dump, 1, _NDMSG.pack(AF_BRIDGE, 0, 0, device, 0, 0, 0)),
-        _message(GETNEIGH, dump, 2, _NDMSG.pack(AF_INET, 0, 0, 0, 0, 0, 0) + _number(NDA_IFINDEX, device)),
-        _message(GETROUTE, dump, 3, _RTMSG.pack(AF_INET, 0, 0, 0, RT_TABLE_MAIN, 0, 0, 0, 0) + oif),
-    ]
+    tunnels = tuple(tunnels)
+    for device in tunnels:
+        yield _message(GETNEIGH, dump, 1, _NDMSG.pack(AF_BRIDGE, 0, 0, device, 0, 0, 0))
+        for family in _NO_ADDRESS:
+            neighbours = _NDMSG.pack(family, 0, 0, 0, 0, 0, 0) + _number(NDA_IFINDEX, device)
+            yield _message(GETNEIGH, dump, 2, neighbours)
+    for device in (*tunnels, *links):
+        for family in _NO_ADDRESS:
+            routes = _RTMSG.pack(family, 0, 0, 0, RT_TABLE_MAIN, 0, 0, 0, 0) + _number(RTA_OIF, device)
+            yield _message(GETROUTE, dump, 3, routes)
+        if nexthops:
+            yield nexthop_dump_request(device)
+
+
+def nexthop_dump_request(device: int = 0) -> bytes:
+    """A dump of the nexthop objects on `device`, or of all; EOPNOTSUPP from a kernel that has none."""
+    filtered = _number(NHA_OIF, device) if device else b""
+    return _message(GETNEXTHOP, REQUEST | DUMP, 4, _NHMSG.pack(0, 0, 0, 0, 0) + filtered)
+
+
+def marked_dump_requests(nexthops: bool) -> Iterator[bytes]:
+    """As `dump_requests`, for the routes of our protocol and all nexthop objects, on whatever device."""
+    for family in _NO_ADDRESS:
+        yield _message(GETROUTE, REQUEST | DUMP, 3, _RTMSG.pack(family, 0, 0, 0, RT_TABLE_MAIN, PROTOCOL, 0, 0, 0))
     if nexthops:
-        requests.append(nexthop_dump_request(device))
-    return requests
-
-
-def nexthop_dump_request(device: int) -> bytes:
-    """A dump of the nexthop objects on `device`; EOPNOTSUPP from a kernel that has none."""
-    return _message(GETNEXTHOP, REQUEST | DUMP, 4, _NHMSG.pack(0, 0, 0, 0, 0) + _number(NHA_OIF, device))
+        yield nexthop_dump_request()
 
 
 def _message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
@@ -225,22 +277,28 @@ def _number(kind: int, value: int) -> bytes:
 
 
 def device_of(buffer: bytes, message: Message) -> int:
-    """The interface index that a link or address message is about, 0 if it is too short to say."""
+    """The interface index that a link or address message is about, 0 if it is too short to say.
+
+    0 as well for an address of link scope: the kernel gives and takes those as it likes.
+    """
     if message.end - message.body < _IFINDEX.size:
+        return 0
+    if message.kind in (NEWADDR, DELADDR) and buffer[message.body + _SCOPE_AT] == RT_SCOPE_LINK:
         return 0
     index: int = _IFINDEX.unpack_from(buffer, message.body)[0]
     return index
 
 
-def sight(buffer: bytes, message: Message, device: int) -> Sight | None:
+def sight(buffer: bytes, message: Message, tunnels: Collection[int]) -> Sight | None:
     """What an FDB, neighbour, nexthop or route message says of the keys we use; None if it concerns none of them.
 
-    FDB and neighbour entries of other devices concern us not, nor do routes outside the main table or with a metric.
+    FDB and neighbour entries of devices other than `tunnels` (interface indexes) concern us not, nor do routes outside
+    the main table or with another metric than the usual one.
     """
     entry: Entry | None
     match message.kind:
         case 28 | 29:
-            entry = _neighbour(buffer, message, device)
+            entry = _neighbour(buffer, message, tunnels)
         case 24 | 25:
             entry = _route(buffer, message)
         case 104 | 105:
@@ -252,29 +310,32 @@ def sight(buffer: bytes, message: Message, device: int) -> Sight | None:
     return Gone(entry) if message.kind in (DELNEIGH, DELROUTE, DELNEXTHOP) else entry
 
 
-def _neighbour(buffer: bytes, message: Message, device: int) -> Fdb | Neighbour | None:
+def _neighbour(buffer: bytes, message: Message, tunnels: Collection[int]) -> Fdb | Neighbour | None:
     size = message.end - message.body
     if size == _USUAL_FDB.size:
         family, _, _, index, state, flags, _, a, mac, b, remote, c = _USUAL_FDB.unpack_from(buffer, message.body)
-        if (a, b, c) == _FDB_HEADS and family == AF_BRIDGE and index == device and flags & NTF_SELF:
-            return Fdb(mac, remote, state)
+        if (a, b, c) == _FDB_HEADS and family == AF_BRIDGE and index in tunnels and flags & NTF_SELF:
+            return Fdb((index, mac), remote, state)
     elif size == _USUAL_NEIGHBOUR.size:
         family, _, _, index, state, _, _, a, address, b, mac, c, d = _USUAL_NEIGHBOUR.unpack_from(buffer, message.body)
-        if (a, b, c, d) == _NEIGHBOUR_HEADS and family == AF_INET and index == device:
-            return Neighbour(address, mac, state)
+        if (a, b, c, d) == _NEIGHBOUR_HEADS and family == AF_INET and index in tunnels:
+            return Neighbour((index, address), mac, state)
     if size < _NDMSG.size:
         return None
     family, _, _, index, state, flags, _ = _NDMSG.unpack_from(buffer, message.body)
-    if index != device or family not in (AF_BRIDGE, AF_INET):
+    if index not in tunnels:
         return None
     attrs = _attrs(buffer, message.body + _NDMSG.size, message.end)
     address, mac = attrs.get(NDA_DST, b""), attrs.get(NDA_LLADDR, b"")
-    if family == AF_INET:
-        return Neighbour(address, mac, state) if len(address) == 4 else None
+    if family != AF_BRIDGE:
+        return Neighbour((index, address), mac, state) if FAMILY.get(len(address)) == family else None
     if len(mac) != 6 or not flags & NTF_SELF:
         return None
+    if not message.flags & REQUEST and not attrs.keys() & {NDA_DST, NDA_CACHEINFO}:
+        # Linux 6.1 announces an FDB entry twice: the device says all there is, then rtnetlink next to nothing.
+        return None
     plain = not attrs.keys() & {NDA_PORT, NDA_VNI, NDA_IFINDEX}
-    return Fdb(mac, address if plain else b"", state)
+    return Fdb((index, mac), address if plain else b"", state)
 
 
 def _route(buffer: bytes, message: Message) -> Route | None:
@@ -289,22 +350,30 @@ def _route(buffer: bytes, message: Message) -> Route | None:
     if size < _RTMSG.size:
         return None
     family, length, source, tos, table, protocol, _, kind, flags = _RTMSG.unpack_from(buffer, message.body)
-    if family != AF_INET or table != RT_TABLE_MAIN or source or tos or flags & RTM_F_CLONED:
+    if family not in _NO_ADDRESS or table != RT_TABLE_MAIN or source or tos or flags & RTM_F_CLONED:
         return None
     attrs = _attrs(buffer, message.body + _RTMSG.size, message.end)
-    if RTA_PRIORITY in attrs:
+    if _as_number(attrs.get(RTA_PRIORITY)) != (IP6_RT_PRIO_USER if family == AF_INET6 else 0):
         return None
-    destination = Prefix(attrs.get(RTA_DST, b"\0\0\0\0"), length)
-    if len(destination.base) != 4 or length > 32:
+    destination = Prefix(attrs.get(RTA_DST, _NO_ADDRESS[family]), length)
+    if FAMILY.get(len(destination.base)) != family or length > 8 * len(destination.base):
         return None
-    if attrs.keys() & {RTA_PREFSRC, RTA_METRICS, RTA_FLOW, RTA_ENCAP}:
-        return Route(destination, device=_as_number(attrs.get(RTA_OIF)), protocol=protocol, kind=kind)
+    index = _as_number(attrs.get(RTA_OIF))
+    mtu = _mtu_of(attrs.get(RTA_METRICS, b""))
+    if mtu is None or attrs.keys() & {RTA_PREFSRC, RTA_FLOW, RTA_ENCAP}:
+        return Route(destination, device=index, protocol=protocol, kind=kind)
     if RTA_NH_ID in attrs:
-        return Route(destination, nexthop=_as_number(attrs[RTA_NH_ID]), protocol=protocol, kind=kind)
+        return Route(destination, nexthop=_as_number(attrs[RTA_NH_ID]), protocol=protocol, kind=kind, mtu=mtu)
     # Several gateways: nothing we set, and nothing whose parts would need telling apart.
     gateway = attrs.get(RTA_GATEWAY, b"")
-    index = _as_number(attrs.get(RTA_OIF))
-    return Route(destination, gateway=gateway, device=index, protocol=protocol, kind=kind)
+    return Route(destination, gateway=gateway, device=index, protocol=protocol, kind=kind, mtu=mtu)
+
+
+def _mtu_of(metrics: bytes) -> int | None:
+    """The MTU if it is the only metric, 0 if there is none, None if there are others."""
+    found = _attrs(metrics, 0, len(metrics))
+    mtu = _as_number(found.pop(RTAX_MTU, None))
+    return None if found else mtu
 
 
 def _nexthop(buffer: bytes, message: Message) -> NextHop | None:

@@ -7,6 +7,7 @@ written in place, and not touched while its content is right.
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from subnet_lease.model import Prefix, format_address
@@ -15,20 +16,27 @@ _MAX_BYTES = 4096
 """Such a file has some 100 bytes; of anything else no more is read."""
 
 
-def render(network: Prefix, subnet: Prefix, mtu: int, ip_masq: bool) -> str:
-    """The content: FLANNEL_SUBNET is the subnet's first address after the base, with the prefix length."""
-    return (
-        f"FLANNEL_NETWORK={network}\n"
-        f"FLANNEL_SUBNET={format_address(subnet.host(1))}/{subnet.length}\n"
-        f"FLANNEL_MTU={mtu}\n"
-        f"FLANNEL_IPMASQ={'true' if ip_masq else 'false'}\n"
-    )
+_NAMES = {4: ("FLANNEL_NETWORK", "FLANNEL_SUBNET"), 16: ("FLANNEL_IPV6_NETWORK", "FLANNEL_IPV6_SUBNET")}
+"""Names of network and subnet, by the length of an address."""
 
 
-def write(path: str, network: Prefix, subnet: Prefix, mtu: int, ip_masq: bool) -> bool:
+def render(networks: Sequence[Prefix], subnets: Sequence[Prefix], mtu: int, ip_masq: bool) -> str:
+    """The content. A subnet is given by its first address after the base, with the prefix length.
+
+    One network and one subnet for each address family, IPv4 first.
+    """
+    lines = []
+    for network, subnet in zip(networks, subnets, strict=True):
+        names = _NAMES[len(network.base)]
+        lines += [f"{names[0]}={network}", f"{names[1]}={format_address(subnet.host(1))}/{subnet.length}"]
+    lines += [f"FLANNEL_MTU={mtu}", f"FLANNEL_IPMASQ={'true' if ip_masq else 'false'}", ""]
+    return "\n".join(lines)
+
+
+def write(path: str, networks: Sequence[Prefix], subnets: Sequence[Prefix], mtu: int, ip_masq: bool) -> bool:
     """Bring the file up to date, mode 0644; whether it had to be written. OSError if that is impossible."""
     target = Path(path)
-    content = render(network, subnet, mtu, ip_masq).encode()
+    content = render(networks, subnets, mtu, ip_masq).encode()
     if _content(target) == content and target.stat().st_mode & 0o777 == 0o644:
         return False
     _create_directory(target.parent)
@@ -49,18 +57,21 @@ def write(path: str, network: Prefix, subnet: Prefix, mtu: int, ip_masq: bool) -
     return True
 
 
-def read(path: str) -> Prefix | None:
-    """The subnet an earlier run wrote, to ask for it again; None if there is no file or no subnet to be read in it."""
-    content = _content(Path(path))
-    if content is None:
-        return None
-    found = re.findall(rb"^FLANNEL_SUBNET=([0-9./]+)\r?$", content, re.MULTILINE)
-    if len(found) != 1:
-        return None
-    try:
-        return Prefix.parse(found[0].decode("ascii"), strict=False)
-    except ValueError:
-        return None
+def read(path: str) -> tuple[Prefix, ...]:
+    """The subnets an earlier run wrote, IPv4 first, to ask for them again; those that can be read."""
+    content = _content(Path(path)) or b""
+    subnets = []
+    for family, (_, name) in _NAMES.items():
+        found = re.findall(rb"^%s=([0-9a-f.:/]+)\r?$" % name.encode(), content, re.MULTILINE)
+        if len(found) != 1:
+            continue
+        try:
+            subnet = Prefix.parse(found[0].decode("ascii"), strict=False)
+        except ValueError:
+            continue
+        if len(subnet.base) == family:
+            subnets.append(subnet)
+    return tuple(subnets)
 
 
 def _content(path: Path) -> bytes | None:

@@ -7,7 +7,7 @@ each pass starts from what is true by then. A refused operation stays in the gap
 removed: nothing else remembers history.
 """
 
-from collections.abc import Callable, Iterable, Iterator, KeysView, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, KeysView, Mapping
 from dataclasses import dataclass
 from itertools import chain
 
@@ -49,12 +49,19 @@ class Tracker:
         before = self._by_owner.get(owner, ())
         if entries == before:
             return
+        wanted, gap = self._want, self._gap
         for entry in entries:
             key = entry[0]
-            found = self._found(key)
-            if key in self._want:
+            if key in wanted:
+                found = self._found(key)
                 self._shared[key] = self._shared.get(key, 0) + 1
-            self._want[key] = entry
+            elif key in gap:
+                found = gap[key]
+            else:
+                # By far the most common: nobody wants it yet, and nothing is known to stand there.
+                wanted[key], gap[key] = entry, None
+                continue
+            wanted[key] = entry
             self._book(key, found)
         for entry in before:
             self._release(entry[0])
@@ -106,7 +113,7 @@ class Tracker:
                     continue  # The kernel lists routes to one destination in its order: the first is in force.
                 # The same MAC twice is one FDB entry with several remotes, which no replace can mend: see `_resists`.
                 right.discard(key)
-                other[key] = Fdb(entry.mac, b"") if isinstance(entry, Fdb) else entry
+                other[key] = Fdb(entry.at, b"") if isinstance(entry, Fdb) else entry
             elif entry == want:
                 right.add(key)
             else:
@@ -138,7 +145,7 @@ class Tracker:
                 continue
             if isinstance(now, Fdb) and now != want:
                 # Replaced or appended to: the notification does not say which.
-                now = Fdb(now.mac, b"", now.state)
+                now = Fdb(now.at, b"", now.state)
                 self._book(key, now)
             if want is not None and old == want:
                 drifted.append(Drift(want, now))
@@ -162,6 +169,16 @@ class Tracker:
                     if self._found(route.destination) == route:
                         yield Gone(route)
 
+    def renew(self, devices: Collection[int]) -> None:
+        """Have the FDB entries on these devices made afresh, although they are what they should be.
+
+        Each remembers the way to its remote, our source address included, and outlasts a change of the device's own
+        (dst_cache in struct vxlan_rdst); to rewrite it with what it holds does not help (vxlan_fdb_replace).
+        """
+        for key, want in self._want.items():
+            if isinstance(want, Fdb) and want.at[0] in devices and key not in self._gap:
+                self._gap[key] = Fdb(want.at, b"")
+
     # --- the gap ---
 
     def pending(self) -> list[Op]:
@@ -171,7 +188,9 @@ class Tracker:
         for key, found in self._gap.items():
             want = self._want.get(key)
             if want is not None:
-                puts[type(want)].append(Put(want, found is not None and _resists(found)))
+                # Something that we have not seen may have been in the way of what was refused.
+                again = isinstance(want, Route) and key in self._refused
+                puts[type(want)].append(Put(want, again or (found is not None and _resists(found, want))))
             else:
                 assert found is not None, "nothing there and nothing wanted is no gap"
                 drops[type(found)].append(Drop(found))
@@ -200,16 +219,19 @@ class Tracker:
         return self._refused
 
 
-def _resists(found: Entry) -> bool:
+def _resists(found: Entry, want: Entry) -> bool:
     """Whether NLM_F_REPLACE alone may not make what stands there equal to what we want.
 
-    It changes only the first remote of an FDB entry (vxlan_fdb_replace). It fails where a stranger's route stands
-    before one of ours (EEXIST, fib_table_insert), and keeps the metrics of a route of our protocol (fib_find_info_nh).
-    Only a route of our protocol is removed first: a stranger's by itself is still replaced in place.
+    It changes only the first remote of an FDB entry (vxlan_fdb_replace). For an IPv4 route it fails where a stranger's
+    stands before one of ours (EEXIST, fib_table_insert), and where we want no metrics it keeps those there are, if the
+    nexthop object stays the same (fib_find_info_nh). For an IPv6 route it fails if that leads elsewhere (`rtnl.clear`).
+    Otherwise a route is replaced in place, and no packet is lost: a stranger's by itself, or flanneld's.
     """
-    match found:
-        case Fdb():
+    match found, want:
+        case Fdb(), _:
             return not found.remote
-        case Route():
-            return found.protocol != PROTOCOL or not (found.nexthop or found.gateway)
+        case Route(), Route() if len(want.destination.base) == 16:
+            return found.device != want.device
+        case Route(), Route():
+            return found.protocol != PROTOCOL or not (found.nexthop or found.gateway) or found.mtu > want.mtu == 0
     return False

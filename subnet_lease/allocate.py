@@ -1,52 +1,58 @@
-"""Which subnet a host may take: the choice among the free ones of the network.
+"""Which subnet a host may take: the choice among the free ones of an address family's range.
 
-Pure arithmetic on subnet numbers, counted from SubnetMin. The cost grows with the number of taken prefixes (one sort),
-never with the size of the network or of a taken prefix: one hostile `0.0.0.0/0` costs no more than a /24.
+Pure arithmetic on subnet numbers, counted from the first of a range. The cost grows with the number of taken prefixes
+(one sort), never with the size of the network or of a taken prefix: one hostile `0.0.0.0/0` costs no more than a /24.
 """
 
 from collections.abc import Callable, Iterable
 
-from subnet_lease.model import NetworkConfig, Prefix, format_address
+from subnet_lease.model import Prefix, SubnetRange, format_address
 from subnet_lease.store import SubnetExhausted
 
 
 def choose_subnet(
-    config: NetworkConfig, taken: Iterable[Prefix], preferred: Prefix | None, pick: Callable[[int], int]
+    available: SubnetRange, taken: Iterable[Prefix], preferred: Iterable[Prefix], pick: Callable[[int], int]
 ) -> Prefix:
-    """A subnet of SubnetLen bits between SubnetMin and SubnetMax that overlaps nothing in `taken`.
+    """A subnet of the range that overlaps nothing in `taken`.
 
-    `preferred` where it is one of those; otherwise each is equally likely, so that thousands of hosts that start
-    together seldom want the same. `pick(n)` gives a number from 0 to n - 1, as `random.randrange` does. `taken` may
-    hold prefixes of any length and place. SubnetExhausted, with the numbers, when none is free.
+    The first of `preferred` that is one; otherwise each is equally likely, so that thousands of hosts that start
+    together seldom want the same. `pick(n)` gives a number from 0 to n - 1, as `random.randrange` does. `taken` and
+    `preferred` may hold prefixes of any length, place and family. SubnetExhausted, with the numbers, when none is free.
     """
-    shift = len(config.subnet_min) * 8 - config.subnet_len
-    low, high = (int.from_bytes(address, "big") >> shift for address in (config.subnet_min, config.subnet_max))
+    length = available.length
+    size = len(available.first)
+    shift = size * 8 - length
+    low, high = (int.from_bytes(address, "big") >> shift for address in (available.first, available.last))
     count = high - low + 1
-    used = _merged(_numbers(taken, config.block, shift, low, count))
-    if preferred is not None and preferred == preferred.network(config.subnet_len) and len(preferred.base) == 4:
-        number = (preferred.first >> shift) - low
-        if 0 <= number < count and not any(first <= number <= last for first, last in used):
-            return preferred
+    used = _merged(_numbers(taken, size, shift, low, count))
+    for subnet in preferred:
+        if len(subnet.base) == size and subnet == subnet.network(length):
+            number = (subnet.first >> shift) - low
+            if 0 <= number < count and not any(first <= number <= last for first, last in used):
+                return subnet
     free = count - sum(last - first + 1 for first, last in used)
     if not free:
         raise SubnetExhausted(
-            f"all {count} subnets of /{config.subnet_len} from {format_address(config.subnet_min)} "
-            f"to {format_address(config.subnet_max)} are taken"
+            f"all {count} subnets of /{length} from {format_address(available.first)} "
+            f"to {format_address(available.last)} are taken"
         )
     number = pick(free)
     for first, last in used:
         if number < first:
             break
         number += last - first + 1
-    return Prefix(((low + number) << shift).to_bytes(4, "big"), config.subnet_len)
+    return Prefix(((low + number) << shift).to_bytes(size, "big"), length)
 
 
-def _numbers(taken: Iterable[Prefix], block: Prefix, shift: int, low: int, count: int) -> list[tuple[int, int]]:
-    """First and last number of the subnets that each taken prefix touches, as far as they can be handed out."""
-    bits = 8 * len(block.base)
+def _numbers(taken: Iterable[Prefix], size: int, shift: int, low: int, count: int) -> list[tuple[int, int]]:
+    """First and last number of the subnets that each taken prefix touches, as far as they can be handed out.
+
+    `size` is the number of bytes of an address.
+    """
+    bits = 8 * size
     ranges = []
     for base, length in taken:
-        if 8 * len(base) == bits:
+        if len(base) == size:
             address = int.from_bytes(base, "big")
             first = (address >> shift) - low
             last = ((address | (1 << bits - length) - 1) >> shift) - low

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from subnet_lease.model import Lease, LeaseInvalid, decode_attrs, encode_attrs, parse_subnet_key, subnet_key
+from subnet_lease.model import Lease, LeaseInvalid, decode_attrs, encode_attrs, parse_subnet_key
 from subnet_lease.store import Record, Snapshot
 
 FILE = "table.jsonl"
@@ -94,10 +94,7 @@ def read(path: Path, now: float) -> Cached | None:
             if until is not None and not written <= now < float(until):
                 return None
             own = _record(head["own"])
-            subnet, subnet6 = parse_subnet_key(own.key)
-            lease = Lease(
-                subnet, subnet6, decode_attrs(own.value), own.etcd_lease, own.create_revision, own.mod_revision
-            )
+            lease = Lease(*parse_subnet_key(own.key), decode_attrs(own.value), *own[2:])
             records = tuple(_record(json.loads(line)) for line in file)
             snapshot = Snapshot(records, int(head["revision"]), int(head["cluster"]))
             return Cached(head["config"].encode("utf-8", "surrogateescape"), lease, until, snapshot, written)
@@ -107,7 +104,7 @@ def read(path: Path, now: float) -> Cached | None:
 
 def _line(lease: Lease) -> list[Any]:
     value = encode_attrs(lease.attrs).decode()
-    return [subnet_key(lease.subnet, lease.subnet6), value, lease.etcd_lease, lease.create_revision, lease.mod_revision]
+    return [lease.key, value, lease.etcd_lease, lease.create_revision, lease.mod_revision]
 
 
 def _record(line: list[Any]) -> Record:

@@ -8,7 +8,7 @@ import random
 import threading
 from collections.abc import Callable
 
-from subnet_lease.store import Store, StoreError
+from subnet_lease.store import Store, StoreDenied, StoreError
 
 EVERY_S = 60.0
 
@@ -16,7 +16,8 @@ EVERY_S = 60.0
 class ConfigWatch:
     """A thread's body: `run` calls `changed` with each new value of the config key, None where it is gone.
 
-    `known` is the value in use. `check` and `stop` from any thread. `jitter()` gives a number from 0 up to 1.
+    `known` is the value in use. `denied` is called with the reason when etcd begins to refuse the key. `check` and
+    `stop` from any thread. `jitter()` gives a number from 0 up to 1.
     """
 
     def __init__(
@@ -24,18 +25,21 @@ class ConfigWatch:
         store: Store,
         known: bytes | None,
         changed: Callable[[bytes | None], None],
+        denied: Callable[[str], None],
         *,
         jitter: Callable[[], float] = random.random,
     ) -> None:
         self._store = store
         self._known = known
         self._changed = changed
+        self._denied = denied
         self._jitter = jitter
         self._wake = threading.Event()
         self._stopped = False
 
     def run(self) -> None:
         """Look until `stop`. A store that cannot be reached is others' to report."""
+        refused = ""
         while not self._stopped:
             self._wake.wait(EVERY_S * (0.5 + self._jitter()))
             self._wake.clear()
@@ -43,8 +47,15 @@ class ConfigWatch:
                 return
             try:
                 value = self._store.read_config()
+            except StoreDenied as error:
+                # Others may not ask for a long time: a watch that stands goes on without the permission.
+                if str(error) != refused:
+                    refused = str(error)
+                    self._denied(refused)
+                continue
             except StoreError:
                 continue
+            refused = ""
             if value != self._known:
                 self._known = value
                 self._changed(value)

@@ -179,14 +179,17 @@ class EtcdStore:
             self._call(lambda c: c.lease.LeaseRevoke, rpc.LeaseRevokeRequest(ID=etcd_lease), self._subnets)
 
     def create(self, key: str, value: bytes, etcd_lease: int) -> int:
-        return self._put_if_changed_at(key, value, etcd_lease, 0)
+        return self._transact({key: 0}, self._put(key, value, etcd_lease))
 
     def replace(self, key: str, value: bytes, etcd_lease: int, mod_revision: int) -> int:
-        return self._put_if_changed_at(key, value, etcd_lease, mod_revision)
+        return self._transact({key: mod_revision}, self._put(key, value, etcd_lease))
 
     def delete(self, key: str, mod_revision: int) -> bool:
-        full = self._full(key)
-        return bool(self._transact(full, mod_revision, delete=rpc.DeleteRangeRequest(key=full)))
+        return bool(self._transact({key: mod_revision}, self._deletion(key)))
+
+    def move(self, old: str, old_revision: int, key: str, value: bytes, etcd_lease: int, mod_revision: int) -> int:
+        revisions = {old: old_revision, key: mod_revision}
+        return self._transact(revisions, self._deletion(old), self._put(key, value, etcd_lease))
 
     def close(self) -> None:
         with self._lock:
@@ -201,7 +204,9 @@ class EtcdStore:
         return self._subnets + key.encode("utf-8", "surrogateescape")
 
     def _record(self, kv: Any) -> Record:
-        return Record(self._short(kv), kv.value, kv.lease, kv.create_revision, kv.mod_revision)
+        created, modified = kv.create_revision, kv.mod_revision
+        # One number for both, of most leases: thousands are kept.
+        return Record(self._short(kv), kv.value, kv.lease, created, created if modified == created else modified)
 
     def _short(self, kv: Any) -> str:
         return str(kv.key[len(self._subnets) :], "utf-8", "surrogateescape")
@@ -219,17 +224,21 @@ class EtcdStore:
         if witness is not None and [self._record(kv)[2:] for kv in answer.kvs] != [witness[2:]]:
             raise WatchInterrupted(f"etcd has another revision {revision}: restored from a backup", same_history=False)
 
-    def _put_if_changed_at(self, key: str, value: bytes, etcd_lease: int, mod_revision: int) -> int:
-        full = self._full(key)
-        return self._transact(full, mod_revision, put=rpc.PutRequest(key=full, value=value, lease=etcd_lease))
+    def _put(self, key: str, value: bytes, etcd_lease: int) -> Any:
+        return rpc.RequestOp(request_put=rpc.PutRequest(key=self._full(key), value=value, lease=etcd_lease))
 
-    def _transact(self, key: bytes, mod_revision: int, *, put: Any = None, delete: Any = None) -> int:
-        """Do it if `key` was last changed at `mod_revision` (0: does not exist); the revision it made, else 0."""
-        compare = rpc.Compare(key=key, target=rpc.Compare.MOD, result=rpc.Compare.EQUAL, mod_revision=mod_revision)
-        operation = rpc.RequestOp(request_put=put, request_delete_range=delete)
-        request = rpc.TxnRequest(compare=[compare], success=[operation])
-        answer = self._call(lambda c: c.kv.Txn, request, key, repeat=False)
+    def _deletion(self, key: str) -> Any:
+        return rpc.RequestOp(request_delete_range=rpc.DeleteRangeRequest(key=self._full(key)))
+
+    def _transact(self, revisions: dict[str, int], *operations: Any) -> int:
+        """Do it all if each key was last changed at its revision (0: does not exist); the revision it made, else 0."""
+        request = rpc.TxnRequest(compare=[self._is_from(*each) for each in revisions.items()], success=operations)
+        answer = self._call(lambda c: c.kv.Txn, request, self._full(next(iter(revisions))), repeat=False)
         return int(answer.header.revision) if answer.succeeded else 0
+
+    def _is_from(self, key: str, revision: int) -> Any:
+        compare = rpc.Compare
+        return compare(key=self._full(key), target=compare.MOD, result=compare.EQUAL, mod_revision=revision)
 
     def _call(self, method: Callable[["_Connection"], Any], request: Any, key: bytes, *, repeat: bool = True) -> Any:
         """The answer to one request about `key`; where it may be repeated, from the first endpoint that gives one."""
@@ -338,6 +347,14 @@ class EtcdStore:
                 endpoint = self._endpoints[self._turn % len(self._endpoints)]
                 self._connection = _Connection.open(endpoint, self._files if self._secure else None)
             return self._connection
+
+    def reconnect(self) -> None:
+        """Leave the present connection, for this host's address on it may be gone: what waits for an answer fails at
+        once, and what follows opens another one. From any thread."""
+        with self._lock:
+            connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.channel.close()
 
     def _leave(self, failed: "_Connection") -> None:
         """After a failure: go to the next endpoint, or read TLS files again that have changed.

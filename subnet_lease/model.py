@@ -11,7 +11,7 @@ Text appears only where people or JSON are.
 import ipaddress
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, NamedTuple, Self
@@ -144,6 +144,8 @@ class Prefix(NamedTuple):
 
     def overlaps(self, other: "Prefix") -> bool:
         """Whether any address lies in both; never true across families."""
+        if self.length == other.length:
+            return self.base == other.base
         bits = 8 * len(self.base)
         if bits != 8 * len(other.base):
             return False
@@ -169,6 +171,25 @@ class BackendConfig:
     learning: bool = False
     direct_routing: bool = False
     mtu: int = 0
+
+
+class SubnetRange(NamedTuple):
+    """The subnets of one address family that may be handed out: of `length` bits, with bases from `first` to `last`."""
+
+    network: Prefix
+    length: int
+    first: bytes
+    last: bytes
+
+    def number(self, subnet: Prefix) -> int:
+        """Which one a subnet of `length` bits is, counted from `first`."""
+        return (subnet.first - int.from_bytes(self.first, "big")) >> 8 * len(self.first) - self.length
+
+    def subnet(self, number: int) -> Prefix | None:
+        """The one with this number, None if it is none of the range's."""
+        first, last = int.from_bytes(self.first, "big"), int.from_bytes(self.last, "big")
+        base = first + (number << 8 * len(self.first) - self.length)
+        return Prefix(base.to_bytes(len(self.first), "big"), self.length) if first <= base <= last else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,11 +253,21 @@ class NetworkConfig:
         )
 
     @property
-    def block(self) -> Prefix:
-        """Network, for an overlay that has IPv4; ConfigInvalid for one that has not."""
-        if self.network is None:
-            raise ConfigInvalid("Network", "missing")
-        return self.network
+    def ranges(self) -> tuple["SubnetRange", ...]:
+        """What hosts are given of each enabled address family, IPv4 first."""
+        found = []
+        if self.enable_ipv4 and self.network is not None:
+            found.append(SubnetRange(self.network, self.subnet_len, self.subnet_min, self.subnet_max))
+        if self.enable_ipv6 and self.ipv6_network is not None:
+            found.append(
+                SubnetRange(self.ipv6_network, self.ipv6_subnet_len, self.ipv6_subnet_min, self.ipv6_subnet_max)
+            )
+        return tuple(found)
+
+    @property
+    def blocks(self) -> tuple[Prefix, ...]:
+        """The networks of the enabled address families, IPv4 first."""
+        return tuple(each.network for each in self.ranges)
 
 
 LIVE_SETTINGS = frozenset({"SubnetMin", "SubnetMax", "Backend.DirectRouting", "Backend.MTU"})
@@ -367,7 +398,11 @@ def _subnet_range(
 def _json_object(value: bytes) -> dict[str, Any]:
     """Decode one JSON object, with what Go's decoder in flanneld accepts: UTF-8 alone, no NaN. ValueError otherwise."""
     try:
-        decoded = _JSON.decode(value.decode())
+        text = value.decode()
+        # As decode() does, but for a search for white space around it, of which agents write none.
+        decoded, end = _JSON.raw_decode(text) if text.startswith("{") else (None, -1)
+        if end != len(text):
+            decoded = _JSON.decode(text)
     except (ValueError, RecursionError):
         raise ValueError("the value is not JSON") from None
     if type(decoded) is not dict:
@@ -395,27 +430,51 @@ class Vtep(NamedTuple):
 class LeaseAttrs(NamedTuple):
     """What a host says of itself in the value of its lease.
 
-    `public_ip` is the packed underlay address its peers send to. `vtep` is None for backends without a tunnel.
-    `extra` holds the JSON keys beyond flannel's.
+    `public_ip` and `public_ip6` are the packed underlay addresses that its peers send to, None for a family that its
+    underlay lacks. `vtep` and `vtep6` are its tunnel endpoints on these; None for such a family, and for backends
+    without a tunnel. `mtu` is of its overlay in bytes, 0 where it does not say. `extra` holds the JSON keys beyond
+    flannel's and ours.
     """
 
-    public_ip: bytes
+    public_ip: bytes | None
     backend_type: str
     vtep: Vtep | None
     public_ip6: bytes | None = None
     vtep6: Vtep | None = None
+    mtu: int = 0
     extra: Mapping[str, Any] = NO_EXTRAS
+
+    @property
+    def underlay_ip(self) -> bytes | None:
+        """What a host is called by: `public_ip`, or `public_ip6` where its underlay has no IPv4."""
+        return self.public_ip or self.public_ip6
 
 
 class Lease(NamedTuple):
-    """One subnet and its holder. `etcd_lease` 0 marks a reservation, which no time takes away."""
+    """A host's subnets, one of each address family or of one alone. `etcd_lease` 0 marks a reservation, which no time
+    takes away."""
 
-    subnet: Prefix
+    subnet: Prefix | None
     subnet6: Prefix | None
     attrs: LeaseAttrs
     etcd_lease: int
     create_revision: int
     mod_revision: int
+
+    def __str__(self) -> str:
+        return format_subnets(self.subnets)
+
+    @property
+    def subnets(self) -> tuple[Prefix, ...]:
+        """Those that there are, IPv4 first."""
+        if self.subnet is None:
+            return () if self.subnet6 is None else (self.subnet6,)
+        return (self.subnet,) if self.subnet6 is None else (self.subnet, self.subnet6)
+
+    @property
+    def key(self) -> str:
+        """The last part of the key of a lease with these subnets."""
+        return subnet_key(self.subnet, self.subnet6)
 
     @property
     def reserved(self) -> bool:
@@ -423,41 +482,66 @@ class Lease(NamedTuple):
         return self.etcd_lease == 0
 
 
-def subnet_key(subnet: Prefix, subnet6: Prefix | None = None) -> str:
-    """The last part of a lease's key: `10.5.34.0-24`, dual-stack `10.5.34.0-24&fd00-...-64`."""
-    key = f"{format_address(subnet.base)}-{subnet.length}"
+def format_subnets(subnets: Iterable[Prefix]) -> str:
+    """For people: `10.5.34.0/24`, or `10.5.34.0/24 and fd00::/64`."""
+    return " and ".join(map(str, subnets))
+
+
+NO_SUBNET = "0.0.0.0-0"
+"""What stands for the IPv4 subnet in the key of a lease without one (source: flannel MakeSubnetKey)."""
+
+
+def subnet_key(subnet: Prefix | None, subnet6: Prefix | None = None) -> str:
+    """The last part of a lease's key: `10.5.34.0-24`, dual-stack `10.5.34.0-24&fd00:5:34::-64`."""
+    key = NO_SUBNET if subnet is None else f"{format_address(subnet.base)}-{subnet.length}"
     if subnet6 is not None:
-        key += f"&{format_address(subnet6.base).replace(':', '-')}-{subnet6.length}"
+        key += f"&{format_address(subnet6.base)}-{subnet6.length}"
     return key
 
 
-def parse_subnet_key(key: str) -> tuple[Prefix, Prefix | None]:
-    """The inverse of `subnet_key`; LeaseInvalid for anything else."""
-    text, dual_stack, text6 = key.partition("&")
+def parse_subnet_key(key: str) -> tuple[Prefix | None, Prefix | None]:
+    """The inverse of `subnet_key`; LeaseInvalid for anything else, other spellings of the same subnets included."""
+    text, ampersand, text6 = key.partition("&")
+    base, _, length = text.partition("-")
     try:
-        base, _, length = text.partition("-")
         subnet = Prefix.of(base, length)
-        subnet6 = None
-        if dual_stack:
-            base, _, length = text6.rpartition("-")
-            subnet6 = Prefix.of(base.replace("-", ":"), length)
+        if len(subnet.base) != 4:
+            raise ValueError("wrong address family")
+        if not ampersand:
+            return subnet, None
+        base, _, length = text6.rpartition("-")
+        subnet6 = Prefix.of(base, length)
+        if len(subnet6.base) != 16:
+            raise ValueError("wrong address family")
+        found = None if text == NO_SUBNET else subnet, subnet6
+        if (usual := subnet_key(*found)) != key:
+            raise ValueError(f"it is written {usual!r}")
     except ValueError as error:
         raise LeaseInvalid(f"the key names no subnet: {error}") from None
-    if len(subnet.base) != 4 or (subnet6 is not None and len(subnet6.base) != 16):
-        raise LeaseInvalid("the key names no subnet: wrong address family")
-    return subnet, subnet6
+    return found
+
+
+MTUS = range(68, 65536)
+"""What an IP link can have: RFC 791 to the largest packet there is."""
 
 
 def encode_attrs(attrs: LeaseAttrs) -> bytes:
-    """The lease value: compact JSON, keys in flannel's order, then our own."""
+    """The lease value: compact JSON, keys in flannel's order, then our own.
+
+    As flannel has it, a missing PublicIP is 0.0.0.0, and BackendType, BackendData and BackendV6Data are left out where
+    there is none (source: flannel pkg/lease).
+    """
     value: dict[str, Any] = {
-        "PublicIP": format_address(attrs.public_ip),
+        "PublicIP": format_address(attrs.public_ip or NO_ADDRESS),
         "PublicIPv6": None if attrs.public_ip6 is None else format_address(attrs.public_ip6),
-        "BackendType": attrs.backend_type,
     }
+    if attrs.backend_type:
+        value["BackendType"] = attrs.backend_type
     for name, vtep in (("BackendData", attrs.vtep), ("BackendV6Data", attrs.vtep6)):
         if vtep is not None:
             value[name] = {"VNI": vtep.vni, "VtepMAC": format_mac(vtep.mac)}
+    if attrs.mtu:
+        value["MTU"] = attrs.mtu
     value.update(attrs.extra)
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
@@ -474,21 +558,31 @@ def decode_attrs(value: bytes, *, extras: bool = True) -> LeaseAttrs:
     except ValueError as error:
         raise LeaseInvalid(str(error)) from None
     pop = fields.pop
-    backend_type = pop("BackendType", None)
+    # flannel's alloc leaves its type out.
+    backend_type = pop("BackendType", "")
     if type(backend_type) is not str:
-        raise LeaseInvalid("BackendType is missing or not a string")
+        raise LeaseInvalid("BackendType is not a string")
     public_ip = _address(pop("PublicIP", None), "PublicIP", 4)
     if public_ip is None:
         raise LeaseInvalid("PublicIP is missing")
+    mtu = pop("MTU", 0)
     return LeaseAttrs(
-        public_ip,
-        # A few names in thousands of leases.
+        public_ip if public_ip != NO_ADDRESS else None,
+        # A few names and numbers in thousands of leases.
         sys.intern(backend_type),
         _vtep(pop("BackendData", None), "BackendData"),
         _address(pop("PublicIPv6", None), "PublicIPv6", 16),
         _vtep(pop("BackendV6Data", None), "BackendV6Data"),
+        _KNOWN_MTUS.setdefault(mtu, mtu) if type(mtu) is int and mtu in MTUS else 0,
         fields if extras and fields else NO_EXTRAS,
     )
+
+
+NO_ADDRESS = bytes(4)
+"""0.0.0.0, which is no host's."""
+
+_KNOWN_MTUS: dict[int, int] = {}
+"""One object for each number that leases have given; see MTUS for how many there can be."""
 
 
 def _address(value: object, name: str, size: int) -> bytes | None:

@@ -169,6 +169,14 @@ class Store(Protocol):
         """Delete `key` if it was last changed at `mod_revision`; False if not."""
         ...
 
+    def move(self, old: str, old_revision: int, key: str, value: bytes, etcd_lease: int, mod_revision: int) -> int:
+        """Delete `old` and then put `key`, another one, in one transaction; the revision of it, 0 if it did not happen.
+
+        It happens if they were last changed at `old_revision` and `mod_revision`; 0 for a key that does not exist. A
+        watch sees the deletion first.
+        """
+        ...
+
     def close(self) -> None:
         """End all calls and watches."""
         ...

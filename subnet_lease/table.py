@@ -2,30 +2,36 @@
 
 Owns decoding of raw records, the validation of each lease against the network and this host, and the resolution of
 conflicts between leases. The outcome depends only on the records, so all hosts decide alike, but for what protects a
-host itself: no lease can capture its own subnet or address, or a block of its underlay.
+host itself: no lease can capture its own subnet or address, or a block of its underlay; and one that no packet of this
+host's can reach, for want of an underlay of a common address family, is of no use to it.
+
+A lease counts as far as the network goes: subnets of a family that the network does not have are left out of account.
 
 Two leases contest each other where their subnets overlap, where one MAC stands for two underlay addresses, or one
 underlay address for two MACs. Of contestants the eldest (by create revision, then by key) is accepted: whoever comes
 later cannot take over traffic by writing a key. A host may hold several subnets with one VTEP; that is no contest, and
-the eldest of them speaks for all.
+the eldest of them speaks for all. Backends without a tunnel have no MACs: a subnet is all that there is to contest.
 
 Costs are in proportion to what changed. Nothing here reads a clock or a store.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain, islice, product
 from typing import NamedTuple
 
 from subnet_lease.claims import Age, Claims
 from subnet_lease.model import (
     Lease,
+    LeaseAttrs,
     LeaseInvalid,
     NetworkConfig,
     Prefix,
+    Vtep,
     decode_attrs,
     format_address,
     format_mac,
+    format_subnets,
     is_device_mac,
     parse_subnet_key,
 )
@@ -37,7 +43,18 @@ MAX_BLOCKS = 256
 """A lease may span this many subnets of the network's SubnetLen; no agent writes one that spans several."""
 
 UNROUTABLE = frozenset({0, 127, *range(224, 256)})
-"""First bytes of addresses where no VTEP can be: "this" network, loopback, multicast, reserved (RFC 6890)."""
+"""First bytes of IPv4 addresses where no host can be: "this" network, loopback, multicast, reserved (RFC 6890)."""
+
+_IPV4_FORMS = frozenset({bytes(12), bytes(10) + b"\xff\xff"})
+"""First bytes of IPv6 addresses that stand for IPv4 ones, `::` and `::1` among them (RFC 4291 section 2.5)."""
+
+
+def possible_host(address: bytes) -> bool:
+    """Whether a host can have this address, and others reach it: link-local ones mean nothing beyond their link."""
+    if len(address) == 4:
+        return address[0] not in UNROUTABLE
+    multicast, link_local = address[0] == 0xFF, address[0] == 0xFE and address[1] & 0xC0 == 0x80
+    return not multicast and not link_local and address[:12] not in _IPV4_FORMS
 
 
 YOUNGEST = 1 << 63
@@ -52,35 +69,51 @@ class _Lingers(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What this host must protect: its own lease's key, subnet, underlay address, and blocks that its links occupy."""
+    """What this host must protect: its own lease's key and subnets, underlay addresses of either family, MACs of VXLAN
+    devices, and blocks that its links occupy.
+    """
 
     key: str
-    subnet: Prefix
-    public_ip: bytes
-    mac: bytes
+    subnets: tuple[Prefix, ...]
+    addresses: tuple[bytes, ...]
+    macs: tuple[bytes, ...]
     links: tuple[Prefix, ...] = ()
 
 
-NOBODY = Host("\ud800", Prefix(b"", 0), b"", b"")
-"""A host in nobody's way, for a table of what every agent rejects: no key decodes to its key, no address equals its."""
+NOBODY = Host("\ud800", (), (), ())
+"""A host in nobody's way, for a table of what every agent rejects: no key decodes to its key."""
+
+
+class _Family(NamedTuple):
+    """What is asked of the subnets of one address family. Packed addresses compare as the numbers they are."""
+
+    network: Prefix
+    first: bytes
+    last: bytes
+    length: int
 
 
 class LeaseTable:
     """Accepted and rejected leases by key (`10.5.34.0-24`). This host's own lease is neither."""
 
     def __init__(self, config: NetworkConfig, host: Host) -> None:
-        self._config = config
-        self._network = config.block
-        # Packed addresses compare as the numbers they are; a whole table is held against these two.
-        self._first, self._last = self._network.base, self._network.host(self._network.size - 1)
+        self._backend = config.backend
+        self._tunnel = config.backend.type == "vxlan"
+        self._families = {
+            len(block.base): _Family(block, block.base, block.host(block.size - 1), length)
+            for block, length, _, _ in config.ranges
+        }
         self._host = host
+        # Nobody, who has no address, is reached by all.
+        sizes = set(map(len, host.addresses)) or {4, 16}
+        self._has_ipv4, self._has_ipv6 = 4 in sizes, 16 in sizes
         self._valid: dict[str, Lease] = {}
         self._invalid: dict[str, str] = {}
         self._contested: set[str] = set()
         self._lingering: set[str] = set()
         self._claims = Claims()
         self._odd: dict[Prefix, set[Prefix]] = {}
-        """Block of SubnetLen -> the claimed subnets of any other length that lie in it or around it."""
+        """Block of its family's SubnetLen -> the claimed subnets of any other length that lie in it or around it."""
         self.cluster_id = 0
         self.revision = 0
 
@@ -144,6 +177,8 @@ class LeaseTable:
         for claim, eldest in touched.items():
             if self._claims.eldest(claim) != eldest:
                 doubtful.update(self._concerned(claim))
+                if isinstance(claim, Prefix) and eldest is not None and eldest[1] in self._valid:
+                    doubtful.add(eldest[1])
         for key in doubtful:
             before.setdefault(key, self.accepted(key))
             self._judge(key)
@@ -157,14 +192,15 @@ class LeaseTable:
         lease = self._valid.pop(key, None)
         if lease is None:
             return
-        for claim in _claims_of(lease):
+        for claim in self._claims_of(lease):
             touched.setdefault(claim, self._claims.eldest(claim))
             self._claims.remove(claim, (lease.create_revision, key))
-        if lease.subnet.length != self._config.subnet_len and self._claims.eldest(lease.subnet) is None:
-            for block in self._blocks(lease.subnet):
-                self._odd[block].discard(lease.subnet)
-                if not self._odd[block]:
-                    del self._odd[block]
+        for subnet in lease.subnets:
+            if not self._is_usual(subnet) and self._claims.eldest(subnet) is None:
+                for block in self._blocks(subnet):
+                    self._odd[block].discard(subnet)
+                    if not self._odd[block]:
+                        del self._odd[block]
 
     def _add(self, record: Record, touched: dict[Claim, Age | None]) -> bool:
         """As `_insert`, of what is yet to be decoded."""
@@ -179,17 +215,17 @@ class LeaseTable:
         """Whether somebody else may have a claim to the same, so that elders must be asked."""
         self._valid[key] = lease
         age = lease.create_revision, key
-        subnet = lease.subnet
         contested = False
-        for claim in _claims_of(lease):
+        for claim in self._claims_of(lease):
             eldest = self._claims.add(claim, age)
+            alone = not isinstance(claim, Prefix) or self._stands_alone(claim)
             # Nearly always nobody else claims it, and then nobody else is concerned; an overlapping subnet is.
-            if eldest is not None or (claim is subnet and not self._stands_alone(subnet)):
+            if eldest is not None or not alone:
                 touched.setdefault(claim, eldest)
                 contested = True
-        if subnet.length != self._config.subnet_len:
-            for block in self._blocks(subnet):
-                self._odd.setdefault(block, set()).add(subnet)
+            if not alone and isinstance(claim, Prefix) and not self._is_usual(claim):
+                for block in self._blocks(claim):
+                    self._odd.setdefault(block, set()).add(claim)
         return contested
 
     # --- one lease by itself ---
@@ -197,47 +233,104 @@ class LeaseTable:
     def _decode(self, record: Record) -> Lease:
         subnet, subnet6 = parse_subnet_key(record.key)
         attrs = decode_attrs(record.value, extras=False)
+        if subnet is not None and 4 not in self._families:
+            subnet = None
+        if subnet6 is not None and 16 not in self._families:
+            subnet6 = None
         lease = Lease(subnet, subnet6, attrs, record.etcd_lease, record.create_revision, record.mod_revision)
-        reason = self._objection(lease)
+        if subnet is None and subnet6 is None:
+            raise LeaseInvalid(
+                f"it has no subnet in {format_subnets(each.network for each in self._families.values())}"
+            )
+        reason = (
+            (self._subnet_objection(subnet) if subnet is not None else None)
+            or (self._subnet_objection(subnet6) if subnet6 is not None else None)
+            or self._attrs_objection(attrs)
+        )
         if reason:
             raise LeaseInvalid(reason)
         return lease
 
-    def _objection(self, lease: Lease) -> str | None:
-        config, host, subnet, attrs = self._config, self._host, lease.subnet, lease.attrs
-        if not self._first <= subnet.base <= self._last or subnet.length < self._network.length:
-            return f"the subnet lies outside {self._network}"
-        if subnet.length < config.subnet_len - MAX_BLOCKS.bit_length() + 1:
-            return f"the subnet spans more than {MAX_BLOCKS} subnets of /{config.subnet_len}"
-        if subnet.overlaps(host.subnet):
-            return f"the subnet overlaps this host's own, {host.subnet}"
-        for link in host.links:
+    def _subnet_objection(self, subnet: Prefix) -> str | None:
+        network, first, last, length = self._families[len(subnet.base)]
+        if not first <= subnet.base <= last or subnet.length < network.length:
+            return f"the subnet lies outside {network}"
+        if subnet.length < length - MAX_BLOCKS.bit_length() + 1:
+            return f"the subnet spans more than {MAX_BLOCKS} subnets of /{length}"
+        for own in self._host.subnets:
+            if subnet.overlaps(own):
+                return f"the subnet overlaps this host's own, {own}"
+        for link in self._host.links:
             if subnet.overlaps(link):
                 return f"the subnet overlaps {link}, which a link of this host uses"
-        if attrs.backend_type != config.backend.type:
-            return f"the backend is {attrs.backend_type[:32]!r}, the network's is {config.backend.type!r}"
-        if attrs.vtep is None:
-            return "BackendData has no VtepMAC"
-        if attrs.vtep.vni != config.backend.vni:
-            return f"the VNI is {attrs.vtep.vni}, the network's is {config.backend.vni}"
-        mac = attrs.vtep.mac
-        if not is_device_mac(mac):
-            return f"VtepMAC {format_mac(mac)} is not the address of one device"
-        if mac == host.mac:
-            return f"VtepMAC {format_mac(mac)} is this host's own"
-        if attrs.public_ip == host.public_ip:
-            return f"PublicIP {format_address(attrs.public_ip)} is this host's own"
-        if self._first <= attrs.public_ip <= self._last:
-            return f"PublicIP {format_address(attrs.public_ip)} lies inside the overlay, {self._network}"
-        if attrs.public_ip[0] in UNROUTABLE:
-            return f"PublicIP {format_address(attrs.public_ip)} cannot be a host's address"
+        return None
+
+    def _attrs_objection(self, attrs: LeaseAttrs) -> str | None:
+        backend = self._backend.type
+        public_ip, backend_type, vtep, public_ip6, vtep6, _, _ = attrs
+        if backend_type != backend and (backend != "alloc" or backend_type):
+            return f"the backend is {backend_type[:32]!r}, the network's is {backend!r}"
+        if backend == "alloc":
+            return None
+        reason = None
+        if public_ip is not None or vtep is not None:
+            reason = self._endpoint_objection("PublicIP", public_ip, "BackendData", vtep)
+        if reason is None and (public_ip6 is not None or vtep6 is not None):
+            reason = self._endpoint_objection("PublicIPv6", public_ip6, "BackendV6Data", vtep6)
+            if vtep is not None and vtep6 is not None and vtep.mac == vtep6.mac:
+                reason = reason or f"VtepMAC {format_mac(vtep.mac)} stands for two addresses"
+        if reason is None and not ((public_ip and self._has_ipv4) or (public_ip6 and self._has_ipv6)):
+            return "its underlay has no address of a family that this host's has"
+        return reason
+
+    def _endpoint_objection(self, name: str, address: bytes | None, data: str, vtep: Vtep | None) -> str | None:
+        """What speaks against the address in JSON key `name` and the VTEP in JSON key `data`, of which there is one."""
+        host = self._host
+        if self._tunnel:
+            if vtep is None:
+                return f"{data} has no VtepMAC"
+            vni, mac = vtep
+            if vni != self._backend.vni:
+                return f"the VNI is {vni}, the network's is {self._backend.vni}"
+            if not is_device_mac(mac):
+                return f"VtepMAC {format_mac(mac)} is not the address of one device"
+            if mac in host.macs:
+                return f"VtepMAC {format_mac(mac)} is this host's own"
+            if address is None:
+                return f"{data} has a VtepMAC, and there is no {name}"
+        if address is None:
+            return None
+        if address in host.addresses:
+            return f"{name} {format_address(address)} is this host's own"
+        overlay = self._families.get(len(address))
+        if overlay is not None and overlay.first <= address <= overlay.last:
+            return f"{name} {format_address(address)} lies inside the overlay, {overlay.network}"
+        if not possible_host(address):
+            return f"{name} {format_address(address)} cannot be a host's address"
         return None
 
     # --- leases against each other ---
 
+    def _claims_of(self, lease: Lease) -> tuple[Claim, ...]:
+        """What a valid lease lays claim to: MACs, underlay addresses, subnets. Claims of two kinds never are equal."""
+        subnet, subnet6, attrs, _, _, _ = lease
+        public_ip, _, vtep, _, vtep6, _, _ = attrs
+        if vtep and public_ip and subnet and subnet6 is None and vtep6 is None and self._tunnel:
+            # Nearly all, and there are thousands: without a detour.
+            return vtep.mac, public_ip, subnet
+        return *chain.from_iterable(self._endpoints(lease)), *lease.subnets
+
+    def _endpoints(self, lease: Lease) -> tuple[tuple[bytes, bytes], ...]:
+        """MAC and underlay address of each VTEP of a valid lease, none for a backend without a tunnel."""
+        if not self._tunnel:
+            return ()
+        public_ip, _, vtep, public_ip6, vtep6, _, _ = lease.attrs
+        first = ((vtep.mac, public_ip),) if vtep and public_ip else ()
+        return first if vtep6 is None or public_ip6 is None else (*first, (vtep6.mac, public_ip6))
+
     def _blocks(self, subnet: Prefix) -> Iterator[Prefix]:
         """The blocks of SubnetLen that the subnet touches."""
-        length = self._config.subnet_len
+        length = self._families[len(subnet.base)].length
         block = Prefix(subnet.network(min(length, subnet.length)).base, length)
         for number in range(max(1, subnet.size // block.size)):
             yield Prefix(block.host(number * block.size), length)
@@ -247,14 +340,19 @@ class LeaseTable:
         yield subnet
         if self._stands_alone(subnet):
             return
+        usual = self._is_usual(subnet)
         for block in self._blocks(subnet):
-            if subnet.length != self._config.subnet_len:
+            if not usual:
                 yield block
             yield from (other for other in self._odd.get(block, ()) if other.overlaps(subnet))
 
+    def _is_usual(self, subnet: Prefix) -> bool:
+        """Whether it is of its family's SubnetLen."""
+        return subnet.length == self._families[len(subnet.base)].length
+
     def _stands_alone(self, subnet: Prefix) -> bool:
         """Whether no other subnet can overlap it: one of SubnetLen, and no odd one lies in it or around it."""
-        return subnet.length == self._config.subnet_len and subnet not in self._odd
+        return self._is_usual(subnet) and subnet not in self._odd
 
     def _concerned(self, claim: Claim) -> Iterator[str]:
         """Whose acceptance may change with the eldest holder of `claim`."""
@@ -274,14 +372,14 @@ class LeaseTable:
             self._contested.discard(key)
 
     def _elder(self, key: str, lease: Lease) -> Age | None:
-        """An elder lease that contests this one: by its VTEP, which is MAC and PublicIP together, or by its subnet."""
+        """An elder lease that contests this one: by a VTEP, which is MAC and address together, or by a subnet."""
         age = lease.create_revision, key
-        mac, public_ip, _ = _claims_of(lease)
-        for claim in (mac, public_ip):
-            eldest = self._claims.eldest(claim)
-            if eldest is not None and eldest != age and _claims_of(self._valid[eldest[1]])[:2] != (mac, public_ip):
-                return eldest
-        for subnet in self._overlapping(lease.subnet):
+        for endpoint in self._endpoints(lease):
+            for claim in endpoint:
+                eldest = self._claims.eldest(claim)
+                if eldest is not None and eldest != age and endpoint not in self._endpoints(self._valid[eldest[1]]):
+                    return eldest
+        for subnet in chain.from_iterable(map(self._overlapping, lease.subnets)):
             eldest = self._claims.eldest(subnet)
             if eldest is not None and eldest < age:
                 return eldest
@@ -293,16 +391,19 @@ class LeaseTable:
         elder = self._elder(key, lease)
         assert elder is not None, "it is contested"
         other = self._valid[elder[1]]
-        mac, public_ip, _ = _claims_of(lease)
-        other_mac, other_ip, other_subnet = _claims_of(other)
-        if other_mac == mac and other_ip != public_ip:
-            return f"VtepMAC {format_mac(mac)} has longer been {format_address(other_ip)}'s"
-        if other_ip == public_ip and other_mac != mac:
-            return (
-                f"PublicIP {format_address(public_ip)} has longer been that of {other_subnet} with VtepMAC "
-                f"{format_mac(other_mac)}"
-            )
-        return f"the subnet overlaps {other_subnet}, which {format_address(other_ip)} has held for longer"
+        for (mac, address), (other_mac, other_address) in product(self._endpoints(lease), self._endpoints(other)):
+            if other_mac == mac and other_address != address:
+                return f"VtepMAC {format_mac(mac)} has longer been {format_address(other_address)}'s"
+            if other_address == address and other_mac != mac:
+                name = "PublicIP" if len(address) == 4 else "PublicIPv6"
+                return (
+                    f"{name} {format_address(address)} has longer been that of {other} with VtepMAC "
+                    f"{format_mac(other_mac)}"
+                )
+        subnet = next(held for held in other.subnets if any(map(held.overlaps, lease.subnets)))
+        underlay_ip = other.attrs.underlay_ip
+        holder = format_address(underlay_ip) if underlay_ip else "another host"
+        return f"the subnet overlaps {subnet}, which {holder} has held for longer"
 
     # --- views ---
 
@@ -328,12 +429,6 @@ class LeaseTable:
     def rejected_count(self) -> int:
         """How many there are, without listing them."""
         return len(self._invalid) + len(self._contested)
-
-
-def _claims_of(lease: Lease) -> tuple[bytes, bytes, Prefix]:
-    """What a valid lease lays claim to: MAC, underlay address, subnet. Claims of two kinds never compare equal."""
-    assert lease.attrs.vtep is not None, "a lease without one is not valid"
-    return lease.attrs.vtep.mac, lease.attrs.public_ip, lease.subnet
 
 
 def _same_put(lease: Lease, record: Record) -> bool:

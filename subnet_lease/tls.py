@@ -111,17 +111,11 @@ class TlsFiles:
         except ssl.SSLCertVerificationError as error:
             return _distrust(error, endpoint, host, self.cafile)
         except ssl.SSLError as error:
-            if reason := _refusal(error.reason or "", endpoint, self.certfile):
-                return reason
-            broken_off = f"the TLS handshake with {endpoint} fails"
+            return _refusal(error.reason or "", endpoint, self.certfile)
         except OSError:
             # Nobody listens, or he says nothing: not for want of certificates.
-            broken_off = None
-        else:
             return None
-        if _answers_in_plain(host, port):
-            return f"{endpoint} does not speak TLS; an endpoint without it begins with http://"
-        return broken_off
+        return None
 
 
 def _end_of(path: str) -> float:
@@ -144,26 +138,12 @@ def _distrust(error: ssl.SSLCertVerificationError, endpoint: str, host: str, caf
     return f"the certificate of {endpoint} is not signed by the CA in {cafile}"
 
 
-def _refusal(reason: str, endpoint: str, certfile: str | None) -> str | None:
-    """Why the server breaks the handshake off, as far as it says. `reason` is OpenSSL's."""
+def _refusal(reason: str, endpoint: str, certfile: str | None) -> str:
+    """Why the server breaks the handshake off. `reason` is OpenSSL's."""
     if "CERTIFICATE_REQUIRED" in reason or ("BAD_CERTIFICATE" in reason and certfile is None):
         return f"{endpoint} wants a client certificate: give --etcd-certfile and --etcd-keyfile"
     if "ALERT" in reason and certfile is not None:
         return f"{endpoint} does not accept the certificate in {certfile}: expired, or of a CA that it does not know"
-    return None
-
-
-def _answers_in_plain(host: str, port: int) -> bool:
-    """Whether HTTP is spoken there without TLS. How such a server takes a handshake is left to chance: it may answer,
-    close or reset; but asked in its own language it answers. So does Go's TLS server, to say that it wants TLS.
-    """
-    try:
-        with socket.create_connection((host, port), HANDSHAKE_S) as plain:
-            plain.settimeout(HANDSHAKE_S)
-            plain.sendall(f"GET /version HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
-            answer = b""
-            while len(answer) < 4096 and (more := plain.recv(4096)):
-                answer += more
-    except OSError:
-        return False
-    return answer.startswith(b"HTTP/") and b"HTTPS server" not in answer
+    if reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "UNEXPECTED_EOF_WHILE_READING"):
+        return f"{endpoint} does not speak TLS; an endpoint without it begins with http://"
+    return f"the TLS handshake with {endpoint} fails"

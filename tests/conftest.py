@@ -3,8 +3,9 @@
 import contextlib
 import itertools
 import os
+import shlex
 import signal
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,8 +22,11 @@ from subnet_lease.store import Store
 settings.register_profile("tests", deadline=None)
 settings.load_profile("tests")
 
-_MARKS = {"netns": "netns", "packet": "packet", "faults": "fault", "bench": "bench"}
+_MARKS = {"netns": "netns", "packet": "packet", "faults": "fault", "bench": "bench", "kernels": "netns"}
 """Directory below tests/ -> the marker of all tests in it."""
+
+_AGENT_OPTIONS = tuple(shlex.split(os.environ.get("LAB_AGENT_OPTIONS", "")))
+"""For all agents of all labs, before a test's own, so that whole runs can be made with one option changed."""
 
 _OWN_LABS = f"t{os.getpid()}x"
 _numbers = itertools.count()
@@ -42,8 +46,10 @@ def connect(endpoint: str) -> Store:
 def _lab_factory() -> Iterator[MakeLab]:
     with contextlib.ExitStack() as stack:
 
-        def make(**options: object) -> Lab:
-            lab = Lab(f"{_OWN_LABS}{next(_numbers)}", tied=True, **{"connect": connect, "config": _CONFIG, **options})
+        def make(*, agent_options: Sequence[str] = (), **options: object) -> Lab:
+            options = {"connect": connect, "config": _CONFIG, **options}
+            every = (*_AGENT_OPTIONS, *agent_options)
+            lab = Lab(f"{_OWN_LABS}{next(_numbers)}", tied=True, agent_options=every, **options)
             stack.callback(lab.down)
             return lab
 

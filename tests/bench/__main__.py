@@ -1,8 +1,9 @@
 """How fast the agent is and what it costs, against the kernel alone, iproute2 and pyroute2.
 
-`python -m tests.bench` needs root, etcd and iproute2. Everything happens in network namespaces of its own and below one
-temporary directory. What is compared takes turns in one run, so that ratios hold where absolute times do not; what each
-leaves in the kernel is compared with the leases, entry by entry, and a difference is an error, not a result.
+`python -m tests.bench` needs root, etcd, iproute2 and iperf3. Everything happens in network namespaces of its own and
+below one temporary directory; labs have theirs where all labs do. What is compared takes turns in one run, so that
+ratios hold where absolute times do not; what each leaves in the kernel is compared with the leases, entry by entry, and
+a difference is an error, not a result.
 
 Exit code 1: the agent's time does not grow linearly; the figures are written all the same. 2: wrong usage.
 """

@@ -33,7 +33,7 @@ def measure(bed: Testbed) -> Samples:
                 *(bed, host, agent, delete_all, crowd, NEIGH),
                 # The FDB entry is the last to go.
                 lambda monitor, since: monitor.wait_all(
-                    [peer.attrs.vtep.mac for peer in crowd if peer.attrs.vtep], since, gone=True
+                    [(monitor.device, peer.attrs.vtep.mac) for peer in crowd if peer.attrs.vtep], since, gone=True
                 ),
             )
             host.compare()

@@ -49,7 +49,8 @@ def _rounds(host: Host) -> dict[str, list[float]]:
         time.sleep(dice.random() * 0.01)
         return time.monotonic()
 
-    with Monitor(host.place, device_index(host.place), ROUTE, NEIGH) as monitor:
+    device = device_index(host.place)
+    with Monitor(host.place, device, ROUTE, NEIGH) as monitor:
         for peer in newcomers(ROUNDS):
             key, attrs = subnet_key(peer.subnet), peer.attrs
             assert attrs.vtep is not None
@@ -61,14 +62,14 @@ def _rounds(host: Host) -> dict[str, list[float]]:
             value = encode_attrs(attrs._replace(vtep=Vtep(attrs.vtep.vni, other)))
             started = pause()
             revision = store.replace(key, value, etcd_lease, revision)
-            seen, entry = monitor.wait(peer.subnet.base, started)
+            seen, entry = monitor.wait((device, peer.subnet.base), started)
             assert isinstance(entry, Neighbour) and entry.mac == other, f"{entry} has the old MAC"
             found["mac_changes"].append(seen - started)
             started = pause()
             assert store.delete(key, revision), "somebody else has changed the lease"
             found["leaves"].append(monitor.wait(peer.subnet, started, gone=True)[0] - started)
         # The last to go; then the kernel is as it was before.
-        monitor.wait(other, started, gone=True)
+        monitor.wait((device, other), started, gone=True)
     store.revoke(etcd_lease)
     return found
 

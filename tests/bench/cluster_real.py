@@ -118,7 +118,7 @@ class _Routes:
             for key, _ in self._selector.select(0.2):
                 buffer, now = key.fileobj.recv(65536), time.monotonic()  # type: ignore[union-attr]
                 for message in rtnl.messages(buffer):
-                    seen = rtnl.sight(buffer, message, 0)
+                    seen = rtnl.sight(buffer, message, ())
                     entry, gone = (seen.entry, True) if isinstance(seen, Gone) else (seen, False)
                     if isinstance(entry, Route) and entry.destination.length == 24:
                         self._note(key.data, entry.destination, gone, now)

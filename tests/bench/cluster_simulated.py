@@ -25,7 +25,7 @@ from overlay.device import Underlay
 from overlay.model import Op, Put, Route
 from overlay.reconciler import Reconciler, Stop
 from subnet_lease.etcd import EtcdStore
-from subnet_lease.keeper import Keeper
+from subnet_lease.keeper import Identity, Keeper
 from subnet_lease.model import Lease, LeaseAttrs, NetworkConfig, Prefix, Vtep, parse_subnet_key
 from subnet_lease.retry import Backoff
 from subnet_lease.store import Changes, Snapshot, StoreError
@@ -113,7 +113,7 @@ class _Agent:
         self.began = time.monotonic()
         config = self._config()
         attrs = LeaseAttrs(self._address, "vxlan", Vtep(1, self._mac), extra={"NodeName": f"agent-{self._mac.hex()}"})
-        underlay = Underlay("eth0", 2, self._address, 1500, (UNDERLAY,), "simulated")
+        underlay = Underlay("eth0", 2, 1500, (self._address,), (UNDERLAY,), (), "simulated")
         loops: list[tuple[Reconciler, Watcher]] = []
 
         def held(lease: Lease) -> None:
@@ -127,8 +127,9 @@ class _Agent:
                 config,
                 underlay,
                 lease,
-                prepare=lambda *_: None,
-                on_ready=lambda *_: self._announce(),
+                prepare=lambda _: None,
+                protect=lambda _: None,
+                on_ready=lambda _: self._announce(),
                 clock=time.monotonic,
             )
 
@@ -144,7 +145,7 @@ class _Agent:
         keeper = Keeper(
             self.store,
             config,
-            self._address,
+            Identity(self._address),
             lambda _: attrs,
             ttl=LEASE_TTL,
             renew_margin=RENEW_MARGIN,

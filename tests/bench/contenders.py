@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from overlay import rtnl
-from overlay.model import Entry, Fdb, Neighbour, NextHop, Route
+from overlay.model import Entry, Fdb, Neighbour, Route
 from overlay.netns import Namespace
 from subnet_lease.model import Lease, format_address, format_mac
 from tests.bench.peers import bridge_commands, entries, ip_commands
@@ -40,7 +40,7 @@ def kernel_alone(place: Namespace, peers: Sequence[Lease], *, ack_each: bool = F
     batches = []
     for start in range(0, len(wanted), BATCH):
         some = wanted[start : start + BATCH]
-        messages = [rtnl.put(entry, device, number, ack=ack_each) for number, entry in enumerate(some)]
+        messages = [rtnl.put(entry, number, ack=ack_each) for number, entry in enumerate(some)]
         batches.append(b"".join([*messages, rtnl.end_of_batch(BATCH)]))
 
     def exchange() -> float:
@@ -95,16 +95,16 @@ def pyroute2(place: Namespace, peers: Sequence[Lease]) -> float:
     def call(route: IPRoute, entry: Entry) -> None:
         match entry:
             case Fdb():
-                mac, dst = format_mac(entry.mac), format_address(entry.remote)
+                mac, dst = format_mac(entry.at[1]), format_address(entry.remote)
                 route.fdb("replace", ifindex=device, lladdr=mac, dst=dst, state=entry.state, flags=rtnl.NTF_SELF)
             case Neighbour():
-                dst, mac = format_address(entry.address), format_mac(entry.mac)
+                dst, mac = format_address(entry.at[1]), format_mac(entry.mac)
                 route.neigh("replace", ifindex=device, dst=dst, lladdr=mac, state="permanent")
             case Route():
                 gateway = format_address(entry.gateway)
                 route.route("replace", dst=str(entry.destination), gateway=gateway, oif=device, flags=["onlink"])
-            case NextHop():
-                raise AssertionError("pyroute2 knows no nexthop objects")
+            case _:
+                raise AssertionError(f"there is no {entry} among them")
 
     def program() -> float:
         with IPRoute() as route:

@@ -7,13 +7,12 @@ import time
 from collections.abc import Sequence
 
 from overlay import rtnl
-from overlay.desired import Local, entries_for
-from overlay.kernel import RECEIVE_BUFFER
+from overlay.kernel import BUFFER
 from overlay.model import Entry, Fdb, Neighbour, NextHop, Route
 from subnet_lease.model import Lease
 from tests.bench.contenders import Failed
 from tests.bench.monitor import NEIGH, NEXTHOP, ROUTE, Monitor
-from tests.bench.peers import DEVICE, NETWORK
+from tests.bench.peers import BACKEND, DEVICE, here
 from tests.bench.place import device_index, inside
 from tests.bench.report import BUDGET_DRIFT_MS, FULL, Figures, percentiles, table
 from tests.bench.testbed import Host, Samples, Testbed, note
@@ -36,7 +35,7 @@ SMALL_BUFFER = 1 << 14
 
 SMALL_BUFFER_AGENT = (
     "-c",
-    f"import sys, agent, overlay.kernel; overlay.kernel.RECEIVE_BUFFER = {SMALL_BUFFER}; sys.exit(agent.main())",
+    f"import sys, agent, overlay.kernel; overlay.kernel.BUFFER = {SMALL_BUFFER}; sys.exit(agent.main())",
 )
 """What Python is given to run the agent with it."""
 
@@ -72,17 +71,17 @@ def _single(host: Host) -> dict[str, list[float]]:
     """Seconds from the removal's announcement to the repair's, by kind."""
     dice = random.Random(ROUNDS)
     device = device_index(host.place)
-    local = Local(NETWORK, device, nexthops=True)
+    local = here(device)
     found: dict[str, list[float]] = {name: [] for name in KINDS.values()}
     hand = inside(host.place, lambda: socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE))
     with contextlib.closing(hand), Monitor(host.place, device, NEIGH, ROUTE, NEXTHOP) as monitor:
         for _ in range(ROUNDS):
-            entries = entries_for(dice.choice(host.peers), local)
+            entries = BACKEND.entries(dice.choice(host.peers), local)
             for entry in entries:
                 # Not in step with anything that is periodic.
                 time.sleep(dice.random() * 0.01)
                 started = time.monotonic()
-                hand.send(rtnl.drop(entry, device, 0, ack=False))
+                hand.send(rtnl.drop(entry, 0, ack=False))
                 gone, _ = monitor.wait(entry[0], started, gone=True)
                 # A nexthop object takes its route along; that is back last.
                 back, again = monitor.wait((entries[-1] if isinstance(entry, NextHop) else entry)[0], gone)
@@ -141,7 +140,7 @@ def sections(figures: Figures) -> list[str]:
         parts += [
             "Seconds until all entries are back: from the last removal's announcement to the last return's; for the "
             "device from the end of `ip link del` to the last route. For losses the agent's receive buffers are "
-            f"{SMALL_BUFFER >> 10} KiB instead of {RECEIVE_BUFFER >> 20} MiB; they are counted from its log, and each "
+            f"{SMALL_BUFFER >> 10} KiB instead of {BUFFER >> 20} MiB; they are counted from its log, and each "
             f"calls for a full dump. {len(figures.all('drift_many', size))} repetitions.",
             table(("removed", "all back after"), rows),
         ]

@@ -30,7 +30,7 @@ class Monitor:
 
     def __init__(self, place: Namespace, device: int, *groups: int) -> None:
         self.heard = 0
-        self._device = device
+        self.device = device
         self._groups = groups
         self._latest: dict[tuple[Key, bool], tuple[float, Entry]] = {}
         self._news = threading.Condition()
@@ -77,10 +77,10 @@ class Monitor:
     def _note(self, buffer: bytes, message: rtnl.Message, now: float) -> None:
         if message.kind in (rtnl.NEWROUTE, rtnl.DELROUTE, rtnl.NEWNEXTHOP, rtnl.DELNEXTHOP):
             self.heard += 1
-        elif rtnl.device_of(buffer, message) == self._device:
+        elif rtnl.device_of(buffer, message) == self.device:
             # Links, addresses, neighbours and FDB entries all have the index in the same place.
             self.heard += 1
-        seen = rtnl.sight(buffer, message, self._device)
+        seen = rtnl.sight(buffer, message, (self.device,))
         if seen is None:
             return
         gone = isinstance(seen, Gone)

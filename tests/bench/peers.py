@@ -12,13 +12,23 @@ from collections.abc import Iterator, Sequence
 import grpc
 from etcd3 import etcdrpc as rpc
 
-from overlay.desired import Local, entries_for
-from overlay.model import BUILD_ORDER, Entry, Fdb, NextHop, Route
-from subnet_lease.model import Lease, LeaseAttrs, Prefix, Vtep, encode_attrs, format_address, format_mac, subnet_key
+from overlay.backends import Backend, Here, backend_of
+from overlay.model import BUILD_ORDER, NEXTHOP_BASE, Entry, Fdb, Neighbour, NextHop, Route
+from subnet_lease.model import (
+    Lease,
+    LeaseAttrs,
+    NetworkConfig,
+    Prefix,
+    Vtep,
+    encode_attrs,
+    format_address,
+    format_mac,
+)
 
 NETWORK = Prefix.parse("10.0.0.0/8")
 UNDERLAY = Prefix.parse("172.16.0.0/12")
 CONFIG = b'{"Network":"10.0.0.0/8","SubnetMax":"10.247.255.0","Backend":{"Type":"vxlan"}}'
+BACKEND: Backend = backend_of(NetworkConfig.parse(CONFIG))  # type: ignore[assignment]
 DEVICE = "flannel.1"
 OWN_IP = format_address(UNDERLAY.host(1))
 ETCD_IP = format_address(UNDERLAY.host(2))
@@ -42,8 +52,8 @@ def leases(count: int) -> list[Lease]:
     for number in range(1, count + 1):
         # As flannel makes them: random, locally administered, of one device.
         mac = bytes([dice.randrange(256) & 0xFE | 0x02]) + dice.randbytes(5)
-        extra = {"MTU": 1450, "NodeName": f"node-{number}", "AgentVersion": "0.1.0"}
-        attrs = LeaseAttrs(UNDERLAY.host(256 + number), "vxlan", Vtep(1, mac), extra=extra)
+        extra = {"NodeName": f"node-{number}", "AgentVersion": "0.1.0"}
+        attrs = LeaseAttrs(UNDERLAY.host(256 + number), "vxlan", Vtep(1, mac), mtu=1450, extra=extra)
         found.append(Lease(Prefix(NETWORK.host(number << 8), 24), None, attrs, 0, 0, 0))
     return found
 
@@ -111,14 +121,20 @@ def _channel(endpoint: str) -> grpc.Channel:
 
 
 def _key(prefix: str, peer: Lease) -> bytes:
-    return f"{prefix}/subnets/{subnet_key(peer.subnet)}".encode()
+    return f"{prefix}/subnets/{peer.key}".encode()
+
+
+def here(device: int, *, nexthops: bool = True) -> Here:
+    """A host with one VXLAN device, of this interface index, and no guard."""
+    offset = NEXTHOP_BASE - NETWORK.first if nexthops else None
+    return Here((NETWORK,), {4: device}, 0, (), 1450, offset, listed=False)
 
 
 def entries(peers: Sequence[Lease], device: int, *, nexthops: bool) -> list[Entry]:
     """What the kernel should hold for them, in build order. `device` is the interface index of the VXLAN device."""
-    local = Local(NETWORK, device, nexthops)
+    host = here(device, nexthops=nexthops)
     return sorted(
-        (entry for peer in peers for entry in entries_for(peer, local)),
+        (entry for peer in peers for entry in BACKEND.entries(peer, host)),
         key=lambda entry: BUILD_ORDER.index(type(entry)),
     )
 
@@ -128,7 +144,7 @@ def bridge_commands(peers: Sequence[Lease], device: int) -> Iterator[str]:
     for entry in entries(peers, device, nexthops=False):
         if isinstance(entry, Fdb):
             remote = format_address(entry.remote)
-            yield f"fdb replace {format_mac(entry.mac)} dev {DEVICE} dst {remote} self permanent\n"
+            yield f"fdb replace {format_mac(entry.at[1])} dev {DEVICE} dst {remote} self permanent\n"
 
 
 def ip_commands(peers: Sequence[Lease], device: int, *, nexthops: bool) -> Iterator[str]:
@@ -143,6 +159,6 @@ def ip_commands(peers: Sequence[Lease], device: int, *, nexthops: bool) -> Itera
                 yield f"route replace {entry.destination} via {format_address(entry.gateway)} dev {DEVICE} onlink\n"
             case Fdb():
                 pass
-            case _:
-                address, mac = format_address(entry.address), format_mac(entry.mac)
+            case Neighbour():
+                address, mac = format_address(entry.at[1]), format_mac(entry.mac)
                 yield f"neigh replace {address} lladdr {mac} dev {DEVICE} nud permanent\n"

@@ -2,11 +2,13 @@
 
 import contextlib
 import ctypes
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from overlay.firewall import SETS, TABLE
 from overlay.netns import NETNS, Namespace, NamespaceError, create, delete
 from subnet_lease.model import Lease, format_address, format_mac
 from tests.bench.peers import DEVICE, ETCD_IP, OWN_IP, UNDERLAY
@@ -118,5 +120,10 @@ def compare(place: Namespace, peers: Sequence[Lease], *, nexthops: bool) -> None
         if wanted != found:
             wrong = len(wanted.items() ^ found.items())
             raise Mismatch(f"{len(wanted)} {what} entries wanted, {len(found)} found, {wrong} differ")
+    listed = place.run("nft", "-j", "list", "set", *TABLE.split(), SETS[4])
+    if listed.returncode == 0:
+        [content] = [each["set"] for each in json.loads(listed.stdout)["nftables"] if "set" in each]
+        if set(content.get("elem", ())) != set(wanted_fdb.values()):
+            raise Mismatch(f"{len(content.get('elem', ()))} addresses in the guard's set for {len(peers)} peers")
     if len(gateways) != (len(peers) if nexthops else 0):
         raise Mismatch(f"{len(gateways)} nexthop objects for {len(peers)} peers")

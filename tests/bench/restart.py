@@ -67,7 +67,7 @@ class Ping:
     def _send(self) -> None:
         begun = time.monotonic()
         while not self._ended.wait(begun + self.sent * INTERVAL_S - time.monotonic()):
-            self._socket.sendto(_echo_request(self.sent), (self._address, 0))
+            self._socket.sendto(echo_request(self.sent), (self._address, 0))
             self.sent += 1
 
     def _receive(self) -> None:
@@ -84,7 +84,8 @@ class Ping:
                 self.answered.add(number)
 
 
-def _echo_request(number: int) -> bytes:
+def echo_request(number: int) -> bytes:
+    """Without a payload, of this process (RFC 792); numbers from 0 to 65,535."""
     fields = (os.getpid() & 0xFFFF, number)
     words = struct.unpack("!4H", ECHO.pack(ECHO_REQUEST, 0, 0, *fields))
     total = sum(words)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, NamedTuple
 
 import structlog
 
-from tests.bench import bursts, changes, churn, drift, idle, machine, restart, start
+from tests.bench import bursts, changes, churn, drift, idle, machine, restart, start, throughput
 from tests.bench.peers import SMALL
 from tests.bench.place import hub
 from tests.bench.report import Figures
@@ -61,6 +62,7 @@ SCENARIOS = {
     "restart": Scenario(restart.measure, restart.sections),
     "drift": Scenario(drift.measure, drift.sections),
     "idle": Scenario(idle.measure, idle.sections),
+    "throughput": Scenario(throughput.measure, throughput.sections),
     "cluster": Scenario(_measure_cluster, _cluster_sections),
 }
 """In the order of the document."""
@@ -70,6 +72,8 @@ def run(names: Iterable[str], options: Options, say: Callable[[str], None]) -> I
     """Measure these scenarios: after each, all figures so far. `runs` says what each measured, `samples` holds it."""
     if "cluster" in names:
         _cluster()
+    if "throughput" in names and not shutil.which("iperf3"):
+        raise Refused("the scenario throughput cannot be run: there is no iperf3")
     # Until etcd answers there are refused connections, which is no news here.
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))
     samples: Samples = {}

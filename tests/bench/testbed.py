@@ -8,7 +8,7 @@ from typing import Any
 
 from overlay.netns import Namespace
 from subnet_lease.etcd import EtcdStore
-from subnet_lease.keeper import release_lease
+from subnet_lease.keeper import Identity, release_lease
 from subnet_lease.model import Lease, pack_address
 from tests.bench import agents
 from tests.bench.peers import ETCD_ENDPOINT, OWN_IP, leases, load
@@ -82,7 +82,7 @@ class Testbed:
             try:
                 yield Host(place, own_ip, _prefix(size), peers, directory, self.directory / "pycache", store)
             finally:
-                release_lease(store, pack_address(own_ip))
+                release_lease(store, Identity(pack_address(own_ip)))
                 store.close()
 
 

@@ -172,6 +172,21 @@ class FakeEtcd:
         self.commit(Record(key, value, etcd_lease, old.create_revision if old else revision, revision))
         return revision
 
+    def move(self, old: str, old_revision: int, key: str, value: bytes, etcd_lease: int, mod_revision: int) -> int:
+        """Delete `old`, then put `key`, if they were last changed at these revisions. The new revision, else 0."""
+        records = self.data.records
+        found = tuple(records[each].mod_revision if each in records else 0 for each in (old, key))
+        if found != (old_revision, mod_revision):
+            return 0
+        if etcd_lease and etcd_lease not in self.data.grants:
+            raise _LeaseGone("the etcd lease has ended meanwhile")
+        revision = self.data.revision + 1
+        created = records[key].create_revision if key in records else revision
+        self.commit(
+            *([Deleted(old, revision)] if old in records else []), Record(key, value, etcd_lease, created, revision)
+        )
+        return revision
+
     def delete(self, key: str, mod_revision: int) -> bool:
         old = self.data.records.get(key)
         if old is None or old.mod_revision != mod_revision:
@@ -277,6 +292,9 @@ class FakeStore:
 
     def delete(self, key: str, mod_revision: int) -> bool:
         return self.meet("delete", lambda: self.etcd.delete(key, mod_revision))
+
+    def move(self, old: str, old_revision: int, key: str, value: bytes, etcd_lease: int, mod_revision: int) -> int:
+        return self.meet("move", lambda: self.etcd.move(old, old_revision, key, value, etcd_lease, mod_revision))
 
     def close(self) -> None:
         self._closed = True

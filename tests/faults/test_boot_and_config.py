@@ -159,7 +159,7 @@ def test_mtu_of_the_configuration_is_taken_over_by_running_agents(lab: Lab) -> N
     for host in lab.hosts:
         wait_until(lambda host=host: mtu_of(host) == 1380, 10, f"the new MTU on {host.name}")
         wait_until(lambda host=host: host.subnet_env["FLANNEL_MTU"] == "1380", 10, f"the new subnet.env on {host.name}")
-    wait_until(lambda: all(lease.attrs.extra["MTU"] == 1380 for lease in lab.leases()), 10, "the new MTU in all leases")
+    wait_until(lambda: all(lease.attrs.mtu == 1380 for lease in lab.leases()), 10, "the new MTU in all leases")
     change(lab)
     for host, mtu in zip(lab.hosts, before, strict=True):
         wait_until(lambda host=host, mtu=mtu: mtu_of(host) == mtu, 10, f"the old MTU on {host.name}")
@@ -171,9 +171,10 @@ def test_mtu_of_the_configuration_is_taken_over_by_running_agents(lab: Lab) -> N
     ("backend", "settings", "event", "words"),
     [
         ({"VNI": 7}, {}, "config_needs_restart", r"Backend\.VNI: 1 -> 7"),
+        ({"Type": "host-gw"}, {}, "config_needs_restart", r"Backend\.Type: vxlan -> host-gw"),
         ({}, {"Network": "10.32.0.0/16"}, "config_needs_restart", r"Network: 10\.244\.0\.0/16 -> 10\.32\.0\.0/16"),
         ({}, {"SubnetLen": 26}, "config_needs_restart", "SubnetLen: 24 -> 26"),
-        ({"Type": "host-gw"}, {}, "config_unusable", r"Backend\.Type"),
+        ({"Type": "udp"}, {}, "config_unusable", r"Backend\.Type"),
         ({"MTU": 100}, {}, "config_unusable", "between 576 and"),
         ({}, {"Network": 5}, "config_unusable", "Network"),
     ],

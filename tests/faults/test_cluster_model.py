@@ -11,21 +11,43 @@ import contextlib
 import itertools
 import queue
 import threading
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from structlog.testing import capture_logs
 
-from overlay.desired import Local, entries_for, ours
-from overlay.device import DeviceSpec, Underlay, derived_mac, occupied_links
-from overlay.model import PROTOCOL, PROTOCOL_BOOT, Drop, Entry, Fdb, Neighbour, NextHop, Op, Put, Refusal, Route
-from overlay.reconciler import LINGER, Reconciler, Stop
-from subnet_lease.keeper import Keeper
+from overlay.backends import V4, V6, Here, backend_of, ours
+from overlay.device import Underlay, adjustments, device_name, incompatibility, overlay_mtu
+from overlay.model import (
+    PROTOCOL,
+    PROTOCOL_BOOT,
+    Drop,
+    Entry,
+    Fdb,
+    Guard,
+    Neighbour,
+    NextHop,
+    Op,
+    Put,
+    Refusal,
+    Route,
+)
+from overlay.netconf import fit
+from overlay.presence import Presence
+from overlay.reconciler import LINGER, Plan, Reconciler, Stop
+from subnet_lease.keeper import Identity, Keeper
 from subnet_lease.model import (
     Lease,
     LeaseAttrs,
@@ -36,19 +58,19 @@ from subnet_lease.model import (
     decode_attrs,
     encode_attrs,
     is_device_mac,
+    pack_address,
     parse_subnet_key,
-    subnet_key,
 )
-from subnet_lease.store import Changes, Record, Snapshot
+from subnet_lease.store import Changes, Deleted, Record, Snapshot
 from subnet_lease.table import Host as OwnHost
 from subnet_lease.table import LeaseTable
 from subnet_lease.watcher import Watcher
-from tests.fake_dataplane import FakeKernel
+from tests.fake_dataplane import V4_DEVICE, V6_DEVICE, FakeKernel
 from tests.faults.fake_store import Data, FakeEtcd, FakeStore
 
 pytestmark = pytest.mark.fault
 
-EXAMPLES, STEPS = 600, 50
+EXAMPLES, STEPS = 300, 50
 
 HOSTS = 2
 """Enough to want the same; with more, less would happen to each."""
@@ -57,6 +79,13 @@ CONFIG = NetworkConfig.parse(
     b'{"Network":"10.5.0.0/16","SubnetMin":"10.5.1.0","SubnetMax":"10.5.9.0","Backend":{"Type":"vxlan"}}'
 )
 """Few subnets, so that hosts, guests and the hostile get into one another's way."""
+
+BOTH = NetworkConfig.parse(
+    b'{"Network":"10.5.0.0/16","SubnetMin":"10.5.1.0","SubnetMax":"10.5.9.0","EnableIPv6":true,'
+    b'"IPv6Network":"fd00:5::/48","IPv6SubnetMin":"fd00:5:0:1::","IPv6SubnetMax":"fd00:5:0:9::",'
+    b'"Backend":{"Type":"vxlan"}}'
+)
+"""The same with subnets of both families; all leases of the network above have one too few."""
 
 TTL, MARGIN = 100, 30
 """Seconds for which an agent's etcd lease is granted, and before whose end it is renewed."""
@@ -144,8 +173,21 @@ def stepped(loop: Any) -> Any:
 class WatchedKernel(FakeKernel):
     """A kernel that belongs to a host, whose loop is stepped, and that does not put up with losses to strangers."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: NetworkConfig, underlay: Underlay) -> None:
         super().__init__(capacity=30)
+        self._before = Here.of(
+            config, underlay, overlay_mtu(config, underlay, tunnels=True), nexthops=True, listed=True
+        )
+
+    @property
+    def here(self) -> Here:
+        """By what the host's entries are worked out, with the devices of the present agent."""
+        return replace(self._before, tunnels=dict(self.tunnels))
+
+    def opened_anew(self) -> None:
+        """A new process has a monitor that has seen nothing yet, and knows of no device."""
+        self.observe()
+        self.tunnels = {}
 
     def wait(self, seconds: float | None) -> None:
         if self.has_news() or seconds == 0.0:
@@ -166,30 +208,41 @@ class WatchedKernel(FakeKernel):
         hops = {op.entry[0] for op in ops if isinstance(op, Drop) and isinstance(op.entry, NextHop)}
         for entry in before - self.entries():
             follows = isinstance(entry, Route) and entry.nexthop in hops
-            assert entry[0] in put or follows or ours(entry, self.local), f"{entry} is a stranger's"
+            assert entry[0] in put or follows or ours(entry, self.here), f"{entry} is a stranger's"
         return refusals
-
-    @property
-    def local(self) -> Local:
-        return Local(CONFIG.block, self.device, self.has_nexthops())
 
 
 class Host:
-    """A host: its address, kernel and subnet file, which outlast its agents; and the agent, if one runs."""
+    """A host: its addresses, kernel and subnet file, which outlast its agents; and the agent, if one runs."""
 
-    def __init__(self, etcd: FakeEtcd, number: int) -> None:
+    def __init__(self, etcd: FakeEtcd, number: int, config: NetworkConfig, families: Collection[int]) -> None:
         self.etcd = etcd
+        self.config = config
         self.number = number
-        self.public_ip = bytes((192, 168, 0, number))
-        self.underlay = Underlay("eth0", 2, self.public_ip, 1500, (Prefix.parse("192.168.0.0/24"),), "test")
-        self.kernel = WatchedKernel()
-        self.subnet_file: Prefix | None = None
+        self.underlay = underlay_of(number, families)
+        self.kernel = WatchedKernel(config, self.underlay)
+        self.subnet_file: tuple[Prefix, ...] = ()
         self.settled: Record | None = None
         """Its record when all was last well, as long as it is known to the host by its subnet file."""
+        self.granted: dict[int, Agent] = {}
+        """The etcd leases that its agents were granted, and which of them."""
+        self.left: dict[str, Record] = {}
+        """What a former agent of it took, and the present one need not find: see `Agent.held` and `requests_arrive`."""
         self.agent: Agent | None = None
 
     def __repr__(self) -> str:
         return f"h{self.number}"
+
+    @property
+    def macs(self) -> dict[int, bytes]:
+        """Those of its VXLAN devices, by the length of their underlay addresses."""
+        devices = {family: self.kernel.devices.get(device_name(1, family)) for family in (V4, V6)}
+        return {family: found.mac for family, found in devices.items() if found is not None}
+
+    @property
+    def identity(self) -> Identity:
+        """By what an agent that starts now knows its record."""
+        return Identity(self.underlay.address(V4), self.underlay.address(V6), tuple(self.macs.values()))
 
     def start(self) -> None:
         assert self.agent is None
@@ -216,38 +269,45 @@ class Host:
             self.kill()
 
 
+class AgentStore(FakeStore):
+    """That of an agent, which is remembered by the etcd leases it is granted."""
+
+    def __init__(self, agent: "Agent") -> None:
+        super().__init__(agent.host.etcd)
+        self._agent = agent
+
+    def grant(self, ttl: int) -> int:
+        etcd_lease = super().grant(ttl)
+        self._agent.host.granted[etcd_lease] = self._agent
+        return etcd_lease
+
+
 class Agent:
     """The loops of `agent.py`, wired as there."""
 
     def __init__(self, host: Host) -> None:
         self.host = host
-        self.store: FakeStore = host.etcd.store()
+        self.store = AgentStore(self)
         self.dying = False
         self.reconciler: Reconciler | None = None
         self.watcher: Watcher | None = None
-        # A new process has a new monitor, which has seen nothing yet.
-        host.kernel.observe()
-        found = host.kernel.found
-        initial = found.mac if found else derived_mac(str(host.number))
+        host.kernel.opened_anew()
+        self.knows_subnet = bool(host.subnet_file)
+        self.underlay = fit(host.config, host.underlay, own=host.subnet_file)
+        presence = presence_of(host.number, host.config, self.underlay, host.macs)
 
         # All want the first at first, and another when they try again.
         turns = itertools.cycle([0, 1])
-
-        def attrs_for(previous: Lease | None) -> LeaseAttrs:
-            known = previous.attrs.vtep if previous else None
-            usable = known is not None and is_device_mac(known.mac)
-            return LeaseAttrs(host.public_ip, "vxlan", Vtep(1, known.mac if known and usable else initial))
-
         self.keeper: Keeper = stepped(
             Keeper(
                 self.store,
-                CONFIG,
-                host.public_ip,
-                attrs_for,
+                host.config,
+                host.identity,
+                presence.attrs,
                 ttl=TTL,
                 renew_margin=MARGIN,
                 preferred=host.subnet_file,
-                avoid=occupied_links(host.underlay, CONFIG.block, host.subnet_file),
+                avoid=self.underlay.links,
                 on_lease=self.held,
                 clock=lambda: host.etcd.now,
                 pick=lambda free: next(turns) * (free - 1),
@@ -258,14 +318,22 @@ class Agent:
 
     def held(self, lease: Lease) -> None:
         if self.reconciler is None or self.watcher is None:
+            host = self.host
+            if not self.knows_subnet and not lease.reserved and lease.etcd_lease not in host.granted:
+                # Somebody else has put the host's address on an elder key, which an agent that remembers no subnet
+                # cannot tell from its own. What a former one took, it does not renew.
+                taken = (record for record in host.etcd.data.records.values() if record.etcd_lease in host.granted)
+                host.left |= {record.key: record for record in taken}
             self.reconciler = Reconciler(
                 self.host.kernel,
-                CONFIG,
-                self.host.underlay,
+                self.host.config,
+                self.underlay,
                 lease,
-                prepare=lambda own, spec: None,
+                prepare=lambda plan: None,
+                protect=lambda plan: None,
                 on_ready=self.announce,
                 clock=lambda: self.host.etcd.now,
+                listed=True,
             )
             first = self.keeper.take_snapshot()
             clock = {"clock": lambda: self.host.etcd.now, "jitter": lambda: 0.5, "relist_s": RELIST_S}
@@ -280,8 +348,8 @@ class Agent:
         self.reconciler.post(fact)
         self.keeper.saw(fact)
 
-    def announce(self, lease: Lease, spec: DeviceSpec) -> None:
-        self.host.subnet_file = lease.subnet
+    def announce(self, plan: Plan) -> None:
+        self.host.subnet_file = plan.subnets
 
     def kill(self) -> None:
         for loop in self.loops:
@@ -307,19 +375,47 @@ def guest(number: int) -> bytes:
     return encode_attrs(LeaseAttrs(bytes((192, 168, 1, number)), "vxlan", Vtep(1, mac(number))))
 
 
+def guest_with_ipv6(number: int, *, alone: bool) -> bytes:
+    """The same of one with an IPv6 underlay, `alone` or beside an IPv4 one."""
+    ipv4 = (None, None) if alone else (bytes((192, 168, 1, number)), Vtep(1, mac(number)))
+    address, vtep = pack_address(f"fd00:1::1:{number}"), Vtep(1, mac(0x80 + number))
+    return encode_attrs(LeaseAttrs(ipv4[0], "vxlan", ipv4[1], address, vtep))
+
+
 def mac(number: int) -> bytes:
     return bytes((2, 0, 0, 0, 1, number))
 
 
+def underlay_of(number: int, families: Collection[int] = (V4,)) -> Underlay:
+    """That of a host of ours, with addresses of these families."""
+    addresses = bytes((192, 168, 0, number)), pack_address(f"fd00:1::{number}")
+    links = tuple(map(Prefix.parse, ("192.168.0.0/24", "fd00:1::/112")))
+    underlay = Underlay("eth0", 2, 1500, addresses, links, links, "test")
+    return underlay.carrying(families)
+
+
+def presence_of(number: int, config: NetworkConfig, underlay: Underlay, macs: Mapping[int, bytes]) -> Presence:
+    """What a host of ours says of itself, given the MACs of the devices it has."""
+    return Presence(config, underlay, (), macs, f"h{number}")
+
+
 def of_host(number: int, vtep_mac: bytes = b"") -> bytes:
-    """A value that carries the address of a host of ours, with its own MAC or another."""
-    vtep = Vtep(1, vtep_mac or derived_mac(str(number)))
-    return encode_attrs(LeaseAttrs(bytes((192, 168, 0, number)), "vxlan", vtep))
+    """A value that carries the IPv4 address of a host of ours, with its own MAC or another."""
+    macs = {V4: vtep_mac} if vtep_mac else {}
+    return encode_attrs(presence_of(number, CONFIG, underlay_of(number), macs).attrs(None))
+
+
+def own_mac(number: int) -> bytes:
+    """The MAC that a host of ours begins with."""
+    vtep = decode_attrs(of_host(number)).vtep
+    assert vtep is not None
+    return vtep.mac
 
 
 HOST_NUMBERS = range(1, HOSTS + 1)
 
 IN_RANGE = [f"10.5.{number}.0-24" for number in range(1, 10)]
+DUAL = [f"10.5.{number}.0-24&fd00:5:0:{number}::-64" for number in range(1, 10)]
 BESIDE = ["10.5.40.0-24", "10.5.41.0-24", "10.5.255.0-24"]
 ODD = [
     "10.5.4.0-23",
@@ -328,12 +424,17 @@ ODD = [
     "10.5.0.0-16",
     "0.0.0.0-0",
     "10.6.1.0-24",
+    "10.5.3.0-24&fd00:5:0:4::-64",
+    "10.5.3.0-24&fd00:6::-64",
+    "0.0.0.0-0&fd00:5:0:2::-64",
+    "0.0.0.0-0&fd00:5::-61",
+    "10.5.3.0-24&fd00-5-0-3---64",
     "garbage",
     "",
     "\udcff",
 ]
 
-LEASES = [guest(number) for number in (1, 2, 3)]
+LEASES = [guest(1), guest(2), guest_with_ipv6(3, alone=False), guest_with_ipv6(9, alone=True)]
 FORGED = [of_host(n, forged) for n in HOST_NUMBERS for forged in (mac(100 + n), b"\x01\0\0\0\0\x01", bytes(6))]
 """With MACs a host has never had, of which no device can have the last two."""
 
@@ -349,28 +450,35 @@ HOSTILE = [
     guest(4).replace(b"02:00:00:00:01:04", b"01:00:00:00:01:04"),
     guest(5).replace(b"192.168.1.5", b"192.168.1.1"),  # A second MAC for one address,
     guest(1).replace(b"192.168.1.1", b"192.168.1.6"),  # and a second address for one MAC.
-    *(guest(7).replace(mac(7).hex(":").encode(), derived_mac(str(n)).hex(":").encode()) for n in HOST_NUMBERS),
+    *(guest(7).replace(mac(7).hex(":").encode(), own_mac(n).hex(":").encode()) for n in HOST_NUMBERS),
     *(guest(8).replace(b"192.168.1.8", f"192.168.0.{n}".encode()) for n in HOST_NUMBERS),
 ]
 
 
 def strange_entries() -> st.SearchStrategy[Entry]:
     """What other programs write: under keys of ours or beside them, with and without our marks."""
-    subnets = st.sampled_from(range(1, 10)).map(lambda number: Prefix.parse(f"10.5.{number}.0/24"))
-    elsewhere = st.sampled_from(["192.0.2.0/24", "10.6.0.0/16"]).map(Prefix.parse)
-    macs = st.sampled_from([mac(1), mac(99), derived_mac("1"), derived_mac("2")])
+    names = [*IN_RANGE, *(key.replace("-64", "/64").partition("&")[2] for key in DUAL)]
+    subnets = st.sampled_from([Prefix.parse(name.replace("-24", "/24")) for name in names])
+    elsewhere = st.sampled_from(["192.0.2.0/24", "10.6.0.0/16", "2001:db8::/64"]).map(Prefix.parse)
+    macs = st.sampled_from([mac(1), mac(99), own_mac(1), own_mac(2)])
+    # The first ones that an agent of ours makes.
+    tunnels = st.sampled_from([7, 8])
+
+    def places(what: st.SearchStrategy[bytes]) -> st.SearchStrategy[tuple[int, bytes]]:
+        return st.tuples(tunnels, what)
 
     def routes(where: st.SearchStrategy[Prefix], protocols: list[int]) -> st.SearchStrategy[Entry]:
-        # On no device, or on the first or second that an agent of ours makes.
-        devices = st.sampled_from([0, 7, 8])
+        # By the underlay, by another link, or by a device of ours.
+        devices = st.sampled_from([2, 3, 7, 8])
         return st.builds(
-            lambda to, device, protocol: Route(to, gateway=b"\xc0\xa8\0\x63", device=device, protocol=protocol),
+            lambda to, device, protocol: Route(to, gateway=to.host(99), device=device, protocol=protocol),
             *(where, devices, st.sampled_from(protocols)),
         )
 
     return st.one_of(
-        st.builds(Fdb, macs, st.just(b"\xc0\xa8\x09\x09"), st.sampled_from([0x80, 0x40])),
-        st.builds(Neighbour, subnets.map(lambda subnet: subnet.base), macs, st.sampled_from([0x80, 0x40, 4])),
+        st.builds(Guard, st.sampled_from([b"\xc0\xa8\x01\x01", b"\xc0\xa8\x09\x09"])),
+        st.builds(Fdb, places(macs), st.just(b"\xc0\xa8\x09\x09"), st.sampled_from([0x80, 0x40])),
+        st.builds(Neighbour, places(subnets.map(lambda each: each.base)), macs, st.sampled_from([0x80, 0x40, 4])),
         routes(subnets, [PROTOCOL_BOOT, 4, PROTOCOL]),
         routes(elsewhere, [PROTOCOL_BOOT, 4, PROTOCOL]),
     )
@@ -380,9 +488,10 @@ def strange_entries() -> st.SearchStrategy[Entry]:
 class Backup:
     data: Data
     planted: dict[str, Record]
+    reserved: set[str]
 
 
-CALLS = ("snapshot", "grant", "create", "replace", "keep_alive", "revoke", "watch")
+CALLS = ("snapshot", "grant", "create", "replace", "move", "keep_alive", "revoke", "watch")
 """What may meet with something: see `FakeStore.meet`."""
 
 ACCIDENTS = ("lost", "unanswered", "late")
@@ -392,11 +501,15 @@ ACCIDENTS = ("lost", "unanswered", "late")
 class Cluster(RuleBasedStateMachine):
     """Two hosts, their etcd, an operator, guests without an agent, and strangers with root's rights."""
 
+    config = CONFIG
+    families: Collection[int] = (V4,)
+    """Of the hosts' underlay addresses."""
+
     def __init__(self) -> None:
         super().__init__()
         self.etcd = FakeEtcd(pause)
         self.operator = self.etcd.store()
-        self.hosts = [Host(self.etcd, number) for number in HOST_NUMBERS]
+        self.hosts = [Host(self.etcd, number, self.config, self.families) for number in HOST_NUMBERS]
         self.planted: dict[str, Record] = {}
         """What others than agents have put, as long as no agent has changed it."""
         self.reserved: set[str] = set()
@@ -410,11 +523,22 @@ class Cluster(RuleBasedStateMachine):
     def teardown(self) -> None:
         try:
             self.all_is_well_in_the_end()
+            self.pass_time(TTL + 10)
+            self.settle()
+            for host in self.hosts:
+                if host.agent is not None and (lease := host.agent.keeper.lease):
+                    assert not self.beside(host, lease.key), f"{host} keeps several leases"
         finally:
             for host in self.hosts:
                 host.kill()
 
     # --- agents ---
+
+    @initialize(running=st.sampled_from([0, 1, HOSTS, HOSTS]), create=st.sampled_from(["", "", *ACCIDENTS]))
+    def agents_run(self, running: int, create: str) -> None:
+        """Most of what may happen needs agents to happen to."""
+        for number in HOST_NUMBERS[:running]:
+            self.agent_starts(number, create)
 
     @rule(host=st.sampled_from(HOST_NUMBERS), which=st.sampled_from([None, None, 0, 1, 2]))
     def loops_run(self, host: int, which: int | None) -> None:
@@ -425,7 +549,7 @@ class Cluster(RuleBasedStateMachine):
         for host in self.hosts:
             host.step()
 
-    @rule(host=st.sampled_from(HOST_NUMBERS), create=st.sampled_from(["", "", *ACCIDENTS]))
+    @rule(host=st.sampled_from(HOST_NUMBERS), create=st.sampled_from(["", "", "reserved", *ACCIDENTS]))
     def agent_starts(self, host: int, create: str) -> None:
         """What becomes of the first lease it takes is more often an accident than elsewhere."""
         if self.hosts[host - 1].agent is None:
@@ -447,12 +571,12 @@ class Cluster(RuleBasedStateMachine):
 
     @rule(host=st.sampled_from(HOST_NUMBERS))
     def host_forgets_its_subnet(self, host: int) -> None:
-        self.hosts[host - 1].subnet_file = self.hosts[host - 1].settled = None
+        self.hosts[host - 1].subnet_file, self.hosts[host - 1].settled = (), None
 
     @rule(
         host=st.sampled_from(HOST_NUMBERS),
         call=st.sampled_from(CALLS),
-        plot=st.sampled_from([*ACCIDENTS, "killed before", "killed after", "race"]),
+        plot=st.sampled_from([*ACCIDENTS, "killed before", "killed after", "race", "reserved"]),
         other=st.sampled_from(HOST_NUMBERS),
     )
     def something_befalls_a_call(self, host: int, call: str, plot: str, other: int) -> None:
@@ -478,8 +602,13 @@ class Cluster(RuleBasedStateMachine):
             self.hosts[other - 1].step()
             return work()
 
+        def reserved(work: Callable[[], object]) -> object:
+            """The operator reserves a subnet for the host, which it cannot know of when it does the work."""
+            self.plant((DUAL if len(self.config.blocks) > 1 else IN_RANGE)[other], of_host(host), 0)
+            return work()
+
         plots = {"lost": store.lost, "unanswered": store.unanswered, "late": store.late}
-        plots |= {"killed before": killed_before, "killed after": killed_after, "race": race}
+        plots |= {"killed before": killed_before, "killed after": killed_after, "race": race, "reserved": reserved}
         store.plots[call] = plots[plot]
 
     # --- etcd ---
@@ -520,7 +649,7 @@ class Cluster(RuleBasedStateMachine):
 
     @rule()
     def late_requests_arrive(self) -> None:
-        self.etcd.arrive()
+        self.requests_arrive()
 
     @rule(all_of_it=st.booleans())
     def etcd_compacts(self, all_of_it: bool) -> None:
@@ -531,7 +660,7 @@ class Cluster(RuleBasedStateMachine):
 
     @rule()
     def etcd_is_backed_up(self) -> None:
-        self.backups = [*self.backups[-1:], Backup(self.etcd.save(), dict(self.planted))]
+        self.backups = [*self.backups[-1:], Backup(self.etcd.save(), dict(self.planted), set(self.reserved))]
 
     @precondition(lambda self: self.backups)
     @rule(which=st.sampled_from([0, -1]), other_cluster=st.booleans())
@@ -541,7 +670,7 @@ class Cluster(RuleBasedStateMachine):
         self.etcd.restore(backup.data, other_cluster=other_cluster)
         self.planted = dict(backup.planted)
         self.restored = dict(backup.data.records)
-        self.reserved = {key for key, record in self.etcd.data.records.items() if key in self.planted and not record[2]}
+        self.reserved = set(backup.reserved)
 
     @rule(other_cluster=st.booleans())
     def etcd_is_wiped(self, other_cluster: bool) -> None:
@@ -557,7 +686,7 @@ class Cluster(RuleBasedStateMachine):
     # --- keys of others ---
 
     @rule(
-        key=st.sampled_from([*IN_RANGE, *BESIDE, *ODD]),
+        key=st.sampled_from([*IN_RANGE, *DUAL, *BESIDE, *ODD]),
         value=st.sampled_from([*LEASES, *FORGED]),
         ttl=st.sampled_from([0, 60, 10_000]),
     )
@@ -565,12 +694,14 @@ class Cluster(RuleBasedStateMachine):
         self.plant(key, value, ttl)
 
     @rule(
-        host=st.sampled_from(HOST_NUMBERS), key=st.sampled_from([*IN_RANGE, *ODD]), ttl=st.sampled_from([0, 60, 10_000])
+        host=st.sampled_from(HOST_NUMBERS),
+        key=st.sampled_from([*IN_RANGE, *DUAL, *ODD]),
+        ttl=st.sampled_from([0, 60, 10_000]),
     )
     def host_is_given_another_lease(self, host: int, key: str, ttl: int) -> None:
         self.plant(key, of_host(host), ttl)
 
-    @rule(key=st.sampled_from([*IN_RANGE, *ODD]), value=st.sampled_from([*HOSTILE, *LEASES]))
+    @rule(key=st.sampled_from([*IN_RANGE, *DUAL, *ODD]), value=st.sampled_from([*HOSTILE, *LEASES]))
     def hostile_lease_comes(self, key: str, value: bytes) -> None:
         self.plant(key, value, 10_000)
 
@@ -647,13 +778,32 @@ class Cluster(RuleBasedStateMachine):
         if unseen:
             kernel.lose_notifications()
 
-    @rule(host=st.sampled_from(HOST_NUMBERS), what=st.sampled_from(["delete_device", "set_down", "remove_address"]))
-    def device_is_harmed(self, host: int, what: str) -> None:
+    @rule(
+        host=st.sampled_from(HOST_NUMBERS),
+        name=st.sampled_from([V4_DEVICE, V6_DEVICE]),
+        what=st.sampled_from(["deleted", "down", "mac", "addresses"]),
+    )
+    def device_is_harmed(self, host: int, name: str, what: str) -> None:
         kernel = self.hosts[host - 1].kernel
-        if kernel.found is not None:
-            getattr(kernel, what)()
+        found = kernel.devices.get(name)
+        if found is None:
+            return
+        match what:
+            case "deleted":
+                kernel.delete_device(name)
+            case "down":
+                kernel.set_down(name)
+            case "mac":
+                kernel.set_mac(mac(99), name)
+            case "addresses":
+                for address in found.addresses:
+                    kernel.remove_address(address, name)
 
-    @rule(host=st.sampled_from(HOST_NUMBERS), call=st.sampled_from(["apply", "dump", "ensure_device"]))
+    @rule(host=st.sampled_from(HOST_NUMBERS))
+    def firewall_is_flushed(self, host: int) -> None:
+        self.hosts[host - 1].kernel.alter_firewall()
+
+    @rule(host=st.sampled_from(HOST_NUMBERS), call=st.sampled_from(["apply", "dump", "ensure_devices"]))
     def kernel_fails(self, host: int, call: str) -> None:
         self.hosts[host - 1].kernel.fail[call] = [105]
 
@@ -662,34 +812,83 @@ class Cluster(RuleBasedStateMachine):
     @invariant()
     def nobody_touches_what_is_others(self) -> None:
         records = self.etcd.data.records
-        for key in list(self.reserved):
-            assert key in records, f"the reservation {key} is gone"
-            assert not records[key].etcd_lease, f"the reservation {key} has become a lease"
         for key, planted in list(self.planted.items()):
             record = records.get(key)
             if record == planted:
                 continue
-            if record is None or record.create_revision != planted.create_revision:
-                # Where it has ended, others may have taken its place since.
-                assert not self.etcd.alive(planted.etcd_lease), f"{key} was deleted"
-            else:
-                owner = next((host for host in self.hosts if address_of(planted.value) == host.public_ip), None)
-                assert owner is not None, f"{key} of nobody's host was written"
-                assert address_of(record.value) == owner.public_ip
+            owner = self.owner_of(planted.value)
+            if record is not None and record.create_revision == planted.create_revision:
+                # A host writes what bears its address, or hangs on the etcd lease that it keeps alive.
+                keeper = next((host for host in self.hosts if planted.etcd_lease in host.granted), None)
+                assert owner or keeper, f"{key} of nobody's host was written"
+                assert self.owner_of(record.value) in (owner, keeper)
+            elif self.etcd.alive(planted.etcd_lease) or not planted.etcd_lease:
+                self.moved(planted, owner)
             del self.planted[key]
+        reservations = {key for key, record in records.items() if not record.etcd_lease}
+        assert reservations == self.reserved, (
+            f"agents neither make nor end reservations: {reservations ^ self.reserved}"
+        )
+
+    def moved(self, planted: Record, owner: Host | None) -> None:
+        """A record that has not ended is gone: its host has put another in its place, in the same transaction."""
+        etcd, key = self.etcd, planted.key
+        gone = (each for each in etcd.data.events if isinstance(each, Deleted) and each.key == key)
+        revision = next(each.mod_revision for each in gone if each.mod_revision > planted.mod_revision)
+        put = next((e for e in etcd.data.events if isinstance(e, Record) and e.mod_revision == revision), None)
+        assert owner is not None and put is not None, f"{key} was deleted"
+        assert self.owner_of(put.value) is owner
+        if planted.etcd_lease and not put.etcd_lease:
+            return  # Given up for the reservation.
+        assert bool(planted.etcd_lease) == bool(put.etcd_lease), f"the reservation {key} has become a lease"
+        incomplete = len(self.usable(planted)) < len(self.config.blocks) or subnets_of(planted) != self.usable(planted)
+        before = (etcd.at(revision - 1, each) for each in {event.key for event in etcd.data.events} - {key})
+        elders = (each for each in before if each is not None and each.create_revision < planted.create_revision)
+        disputed = planted.etcd_lease and any(subnets_of(each) & subnets_of(planted) for each in elders)
+        assert incomplete or disputed, f"{key} was moved to {put.key}"
+        assert len(self.usable(put)) == len(self.config.blocks)
+        if not planted.etcd_lease:
+            self.reserved.remove(key)
+            self.reserved.add(put.key)
+
+    def owner_of(self, value: bytes) -> Host | None:
+        """The host that may take a record with this value for its own: by address, or by its device's MAC."""
+        with contextlib.suppress(LeaseInvalid):
+            attrs = decode_attrs(value)
+            for host in self.hosts:
+                if host.identity.has_address(attrs):
+                    return host
+            for host in self.hosts:
+                if host.identity.has_mac(attrs):
+                    return host
+        return None
 
     @invariant()
     def no_subnet_has_two_holders(self) -> None:
-        held = [(host, parse_subnet_key(record.key)[0]) for host in self.hosts for record in self.of(host)]
-        for (host, subnet), (other, another) in itertools.combinations(held, 2):
-            assert host is other or not subnet.overlaps(another), f"{host} {subnet}, {other} {another}"
+        """Where a key is one subnet. Of a dual-stack key two hosts may take one half each, for a moment."""
+        if len(self.config.blocks) == 1:
+            assert not self.shared()
+
+    def shared(self) -> list[tuple[Record, Record]]:
+        """Records of two hosts with subnets in common, the elder first, that they have taken or hold."""
+        held = [(host, record) for host in self.hosts for record in self.of(host) if self.is_taken(host, record)]
+        held.sort(key=lambda each: each[1].create_revision)
+        return [
+            (elder, younger)
+            for (host, elder), (other, younger) in itertools.combinations(held, 2)
+            if host is not other and self.usable(elder) & self.usable(younger)
+        ]
+
+    def is_taken(self, host: Host, record: Record) -> bool:
+        lease = host.agent.keeper.lease if host.agent else None
+        return record.key not in self.planted or (lease is not None and lease[3:] == record[2:])
 
     @rule()
     def all_is_well_in_the_end(self) -> None:
         """Everything is reachable again, and all loops have had their turn."""
         if not self.etcd.up:
             self.etcd.start()
-        self.etcd.arrive()
+        self.requests_arrive()
         for host in self.hosts:
             host.kernel.fail = {call: [] for call in host.kernel.fail}
             if host.agent is not None:
@@ -709,9 +908,22 @@ class Cluster(RuleBasedStateMachine):
             self.settle()
         self.went_back = False
         self.nobody_touches_what_is_others()
+        # A reservation stays as the operator has made it, even of what another host had before, by another key.
+        assert [
+            (elder, younger) for elder, younger in self.shared() if younger.etcd_lease and self.has_agent(younger)
+        ] == []
         for host in self.hosts:
             if host.agent is not None:
                 self.assert_well(host, host.agent)
+
+    def requests_arrive(self) -> None:
+        """Those that were late. What one of a former agent takes is more than the present one knows of."""
+        before = self.etcd.data.records.keys() | set()
+        self.etcd.arrive()
+        for host in self.hosts:
+            for record in self.of(host):
+                if record.key not in before and host.granted.get(record.etcd_lease) is not host.agent:
+                    host.left[record.key] = record
 
     def pass_time(self, seconds: float) -> None:
         """As long as the keepers run, no lease of theirs runs out meanwhile."""
@@ -729,81 +941,122 @@ class Cluster(RuleBasedStateMachine):
         lease = agent.keeper.lease
         snapshot = self.operator.snapshot()
         if lease is None:
-            taken = [subnet for record in snapshot.records if (subnet := subnet_of(record)) is not None]
-            free = [key for key in IN_RANGE if not any(parse_subnet_key(key)[0].overlaps(each) for each in taken)]
-            assert not free, f"{host} has no lease, though {free} are free"
+            taken = [subnet for record in snapshot.records for subnet in subnets_of(record)]
+            free = [
+                [key for key in DUAL if not any(parse_subnet_key(key)[family].overlaps(each) for each in taken)]
+                for family, _ in enumerate(self.config.blocks)
+            ]
+            assert not all(free), f"{host} has no lease, though {free} are free"
             return
-        key = subnet_key(lease.subnet)
+        key = lease.key
         records = {record.key: record for record in snapshot.records}
         assert key in records, f"{host} believes to hold {lease.subnet}"
         record = records[key]
         assert (record.etcd_lease, record.create_revision, record.mod_revision) == lease[3:], f"{host}: {lease}"
         assert decode_attrs(record.value) == lease.attrs
         assert lease.reserved or self.etcd.alive(lease.etcd_lease)
-        others = [each for each in self.of(host) if each.key != key and each.key not in self.planted]
-        # A backup brings back what a host once had and has no more; nobody renews it, so it ends by itself.
-        assert [each for each in others if each != self.restored.get(each.key)] == [], f"{host} has several leases"
+        # What a backup brings back, or a former agent has left, nobody renews: it ends by itself.
+        others = [
+            each
+            for each in self.beside(host, key)
+            if each not in (self.restored.get(each.key), host.left.get(each.key))
+        ]
+        assert not others, f"{host} has several leases"
         if host.settled is not None and (still := records.get(host.settled.key)):
             assert still.key == key or still != host.settled, (
                 f"{host} has moved to {key}, and nobody had touched {still}"
             )
         host.settled = record
         # The table's rules, applied to all there is at once.
-        assert lease.attrs.vtep is not None
-        links = occupied_links(host.underlay, CONFIG.block, lease.subnet)
-        table = LeaseTable(CONFIG, OwnHost(key, lease.subnet, host.public_ip, lease.attrs.vtep.mac, links))
+        assert len(lease.subnets) == len(self.config.blocks)
+        macs = tuple(vtep.mac for vtep in (lease.attrs.vtep, lease.attrs.vtep6) if vtep is not None)
+        own = OwnHost(key, lease.subnets, host.underlay.addresses, macs, agent.underlay.links)
+        table = LeaseTable(self.config, own)
         table.replace(snapshot)
-        kernel = host.kernel
-        wanted = {entry[0]: entry for _, peer in table.peers() for entry in entries_for(peer, kernel.local)}
+        backend = backend_of(self.config)
+        assert backend is not None
+        kernel, here = host.kernel, host.kernel.here
+        peers = [backend.entries(peer, here) for _, peer in table.peers()]
+        wanted = {entry[0]: entry for entries in peers for entry in entries}
         there = {entry[0]: entry for entry in sorted(kernel.entries(), key=lambda entry: wanted.get(entry[0]) == entry)}
         assert {name: there.get(name) for name in wanted} == wanted, f"{host} {lease}"
         stale = [
             entry
             for name, entry in there.items()
-            if name not in wanted and ours(entry, kernel.local) and not leads_elsewhere(entry, kernel)
+            if name not in wanted and ours(entry, here) and not leads_elsewhere(entry, kernel)
         ]
         assert not stale, f"{host} {lease}"
         assert agent.reconciler is not None
         state = agent.reconciler.state
-        assert (state.ready, state.gap, state.trouble, state.peers) == (True, 0, "", len(list(table.peers())))
-        assert kernel.found is not None
-        assert kernel.found.mac == lease.attrs.vtep.mac
-        assert is_device_mac(kernel.found.mac)
-        assert kernel.found.addresses == (Prefix(lease.subnet.base, 32),)
+        reached = sum(1 for entries in peers if entries)
+        assert (state.ready, state.gap, state.trouble) == (True, 0, "")
+        assert (state.peers, state.unreachable, state.rejected) == (
+            *(reached, len(peers) - reached),
+            table.rejected_count,
+        )
+        devices = backend.devices(self.config, lease, agent.underlay)
+        assert kernel.devices.keys() == {spec.name for spec in devices}
+        for spec in devices:
+            found = kernel.devices[spec.name]
+            assert (incompatibility(spec, found), adjustments(spec, found)) == (None, ())
+            assert is_device_mac(found.mac)
+
+    def beside(self, host: Host, key: str) -> list[Record]:
+        """The records of this host but `key` that nobody else has put."""
+        others = (each for each in self.of(host) if each.key != key)
+        return [each for each in others if each.key not in self.planted and each.key not in self.reserved]
+
+    def has_agent(self, record: Record) -> bool:
+        """Whether there is one to give it up."""
+        owner = self.owner_of(record.value)
+        return owner is not None and owner.agent is not None
+
+    def usable(self, record: Record) -> set[Prefix]:
+        """Its subnets that a host of this network can have."""
+        return {
+            subnet
+            for subnet in subnets_of(record)
+            for available in self.config.ranges
+            if subnet.length == available.length and available.network.covers(subnet)
+        }
 
     def of(self, host: Host) -> list[Record]:
         """The records that an agent of this host may take for its own, in the order of their keys."""
         found = []
         for record in self.etcd.data.records.values():
-            subnet = subnet_of(record)
-            if subnet is None or subnet.length != CONFIG.subnet_len or not CONFIG.block.covers(subnet):
+            if not self.usable(record):
                 continue
-            if address_of(record.value) == host.public_ip:
-                found.append(record)
+            with contextlib.suppress(LeaseInvalid):
+                if host.identity.has_address(decode_attrs(record.value)):
+                    found.append(record)
         return sorted(found)
 
 
 def leads_elsewhere(entry: Entry, kernel: FakeKernel) -> bool:
     """Whether it is a route that uses nothing of ours: a dump does not show it, whatever its protocol is."""
-    return isinstance(entry, Route) and not entry.nexthop and entry.device != kernel.device
+    return (
+        isinstance(entry, Route) and not entry.nexthop and entry.device not in {kernel.link, *kernel.tunnels.values()}
+    )
 
 
-def address_of(value: bytes) -> bytes | None:
+def subnets_of(record: Record) -> set[Prefix]:
     with contextlib.suppress(LeaseInvalid):
-        return decode_attrs(value).public_ip
-    return None
+        return {subnet for subnet in parse_subnet_key(record.key) if subnet is not None}
+    return set()
 
 
-def subnet_of(record: Record) -> Prefix | None:
-    with contextlib.suppress(LeaseInvalid):
-        return parse_subnet_key(record.key)[0]
-    return None
+class DualStackCluster(Cluster):
+    """The same in a network, and over an underlay, of both address families."""
+
+    config = BOTH
+    families = (V4, V6)
 
 
-def test_any_sequence_of_events_ends_well() -> None:
+@pytest.mark.parametrize("cluster", [Cluster, DualStackCluster])
+def test_any_sequence_of_events_ends_well(cluster: type[Cluster]) -> None:
     with capture_logs():
         run_state_machine_as_test(
-            Cluster,
+            cluster,
             settings=settings(
                 max_examples=EXAMPLES,
                 stateful_step_count=STEPS,

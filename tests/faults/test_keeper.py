@@ -5,24 +5,26 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
 
 from overlay.cluster import wait_until
 from subnet_lease.etcd import EtcdStore
-from subnet_lease.keeper import Keeper, release_lease
+from subnet_lease.keeper import Identity, Keeper, release_lease
 from subnet_lease.model import (
     Lease,
     LeaseAttrs,
     NetworkConfig,
     Prefix,
     Vtep,
+    decode_attrs,
     encode_attrs,
     pack_address,
     subnet_key,
 )
-from subnet_lease.store import Record, StoreUnavailable
+from subnet_lease.store import Changes, Deleted, Record, Snapshot, StoreUnavailable
 from tests.faults.etcd_process import EtcdProcess
 
 pytestmark = pytest.mark.fault
@@ -62,24 +64,26 @@ class Host:
         renew_margin: int = 20,
         preferred: str | None = None,
         jitter: float = 0.5,
+        identity: Identity | None = None,
     ) -> None:
         self.number = number
+        self.address = address(number)
         self.leases: list[Lease] = []
         self.keeper = Keeper(
             store,
             config,
-            address(number),
+            identity or Identity(address(number)),
             self.attrs_for,
             ttl=ttl,
             renew_margin=renew_margin,
-            preferred=None if preferred is None else Prefix.parse(preferred),
+            preferred=tuple(map(Prefix.parse, preferred.split(","))) if preferred else (),
             on_lease=self.leases.append,
             jitter=lambda: jitter,
         )
 
     def attrs_for(self, previous: Lease | None) -> LeaseAttrs:
         vtep = previous.attrs.vtep if previous else None
-        return attrs(self.number, vtep.mac if vtep else None)
+        return attrs(self.number, vtep.mac if vtep else None)._replace(public_ip=self.address)
 
     def acquire(self) -> Lease:
         lease = self.keeper.acquire()
@@ -128,7 +132,7 @@ def records(store: EtcdStore) -> dict[str, Record]:
 def test_a_new_host_takes_a_free_subnet_with_an_etcd_lease(store: EtcdStore) -> None:
     lease = Host(store).acquire()
     record = records(store)[subnet_key(lease.subnet)]
-    assert CONFIG.block.covers(lease.subnet)
+    assert CONFIG.blocks[0].covers(lease.subnet)
     assert record.value == value_of(1)
     assert (record.etcd_lease, record.mod_revision) == (lease.etcd_lease, lease.mod_revision)
     assert 50 < store.time_left(lease.etcd_lease) <= 60
@@ -227,7 +231,7 @@ def test_leases_outside_the_network_are_not_ours_to_use(store: EtcdStore) -> Non
         store.create(key, value_of(1), store.grant(60))
     lease = Host(store).acquire()
     assert lease.subnet.length == 24
-    assert CONFIG.block.covers(lease.subnet)
+    assert CONFIG.blocks[0].covers(lease.subnet)
     assert not lease.subnet.overlaps(Prefix.parse("10.5.128.0/17"))
 
 
@@ -236,7 +240,7 @@ def test_a_reservation_is_used_as_it_is(store: EtcdStore) -> None:
     host = Host(store)
     lease = host.acquire()
     assert (str(lease.subnet), lease.reserved, lease.mod_revision) == ("10.5.6.0/24", True, created)
-    release_lease(store, address(host.number))
+    release_lease(store, Identity(address(host.number)))
     assert records(store)["10.5.6.0-24"] == Record("10.5.6.0-24", value_of(1), 0, created, created)
 
 
@@ -434,22 +438,251 @@ def test_an_etcd_that_is_away_costs_no_cpu(fragile: EtcdProcess) -> None:
     assert spent < 0.1
 
 
+# --- whose it is ---
+
+
+def host6(number: int, mac: bytes | None = None) -> LeaseAttrs:
+    """What a host publishes whose underlay has no IPv4."""
+    vtep = Vtep(1, mac or bytes((2, 6, 0, 0, 0, number)))
+    return LeaseAttrs(None, "vxlan", None, pack_address(f"fd11::{number:x}"), vtep)
+
+
+def test_a_host_without_ipv4_finds_its_lease_by_its_ipv6_address(store: EtcdStore) -> None:
+    for number in (1, 2):
+        store.create(f"10.5.{number}.0-24", encode_attrs(host6(number)), store.grant(60))
+    host = Host(store, identity=Identity(None, pack_address("fd11::2")))
+    host.attrs_for = lambda previous: host6(2)  # type: ignore[method-assign]
+    assert str(host.acquire()) == "10.5.2.0/24"
+
+
+@pytest.mark.parametrize("before", [attrs(7, b"\2\0\0\0\7\7"), host6(7, b"\2\0\0\0\7\7")])
+def test_a_host_whose_address_changed_while_its_agent_was_down_keeps_its_subnet(
+    store: EtcdStore, before: LeaseAttrs
+) -> None:
+    etcd_lease = store.grant(60)
+    store.create("10.5.6.0-24", encode_attrs(before), etcd_lease)
+    mac = b"\2\0\0\0\7\7"
+    lease = Host(store, 1, identity=Identity(address(1), None, (mac,))).acquire()
+    assert (str(lease), lease.etcd_lease) == ("10.5.6.0/24", etcd_lease)
+    assert decode_attrs(records(store)["10.5.6.0-24"].value).public_ip == address(1)
+
+
+def test_a_record_with_the_address_comes_before_one_with_the_mac(store: EtcdStore) -> None:
+    mac = b"\2\0\0\0\7\7"
+    store.create("10.5.6.0-24", encode_attrs(attrs(7, mac)), store.grant(60))
+    store.create("10.5.7.0-24", value_of(1), store.grant(60))
+    identity = Identity(address(1), None, (mac,))
+    assert str(Host(store, 1, identity=identity).acquire()) == "10.5.7.0/24"
+    assert decode_attrs(records(store)["10.5.6.0-24"].value) == attrs(7, mac)
+
+
+def test_an_address_that_changes_is_published_at_once_and_the_subnet_stays(store: EtcdStore) -> None:
+    host = Host(store)
+    first = host.acquire()
+    with capture_logs() as logs, host.running():
+        host.address = address(9)
+        host.keeper.use(identity=Identity(address(9)))
+        wait_until(lambda: host.leases, 3)
+    assert host.leases == [
+        first._replace(attrs=attrs(1)._replace(public_ip=address(9)), mod_revision=host.leases[0][5])
+    ]
+    assert decode_attrs(records(store)[first.key].value).public_ip == address(9)
+    assert [entry["event"] for entry in logs if entry["log_level"] != "debug"] == ["lease_published"]
+
+
+@pytest.mark.parametrize("reserved", [True, False])
+def test_an_address_that_changes_while_the_key_is_written_by_the_operator_keeps_the_subnet(
+    store: EtcdStore, reserved: bool
+) -> None:
+    """Its etcd lease is another by then, its address the former."""
+    host = Host(store)
+    if not reserved:
+        store.create("10.5.6.0-24", value_of(1), 0)
+    first = host.acquire()
+    host.address = address(9)
+    host.keeper.use(identity=Identity(address(9)))
+    store.replace(first.key, records(store)[first.key].value, 0 if reserved else store.grant(60), first.mod_revision)
+    second = host.acquire()
+    assert (second.subnet, second.reserved) == (first.subnet, reserved)
+    assert second.attrs.public_ip == address(9)
+
+
+def test_another_hosts_address_on_our_key_and_etcd_lease_is_put_right(store: EtcdStore) -> None:
+    host = Host(store)
+    first = host.acquire()
+    store.replace(first.key, value_of(2), first.etcd_lease, first.mod_revision)
+    assert host.acquire().subnet == first.subnet
+    assert records(store)[first.key].value == value_of(1)
+
+
+def test_a_reservation_that_is_given_to_another_host_is_left_to_it(store: EtcdStore) -> None:
+    created = store.create("10.5.6.0-24", value_of(1), 0)
+    host = Host(store)
+    assert host.acquire().reserved
+    store.replace("10.5.6.0-24", value_of(2), 0, created)
+    assert str(host.acquire()) != "10.5.6.0/24"
+    assert records(store)["10.5.6.0-24"].value == value_of(2)
+
+
+# --- address families ---
+
+BOTH = NetworkConfig.parse(
+    b'{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}'
+)
+IPV6 = NetworkConfig.parse(
+    b'{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}'
+)
+
+
+def test_a_host_of_a_dual_stack_network_takes_a_subnet_of_each_family(store: EtcdStore) -> None:
+    lease = Host(store, config=BOTH, preferred="10.5.77.0/24,fd00:5:0:77::/64").acquire()
+    assert str(lease) == "10.5.77.0/24 and fd00:5:0:77::/64"
+    assert records(store).keys() == {lease.key} == {"10.5.77.0-24&fd00:5:0:77::-64"}
+    other = Host(store, 2, config=BOTH, preferred="10.5.78.0/24,fd00:5:0:77::/64").acquire()
+    assert str(other.subnet) == "10.5.78.0/24"
+    assert other.subnet6 is not None and other.subnet6 != lease.subnet6
+    assert Host(store, config=BOTH).acquire() == lease
+
+
+def test_a_host_of_an_ipv6_network_takes_no_ipv4_subnet(store: EtcdStore) -> None:
+    lease = Host(store, config=IPV6, preferred="fd00:5:0:77::/64,10.5.77.0/24").acquire()
+    assert (lease.subnet, str(lease), lease.key) == (None, "fd00:5:0:77::/64", "0.0.0.0-0&fd00:5:0:77::-64")
+    assert records(store).keys() == {lease.key}
+
+
+@pytest.mark.parametrize("ttl", [60, 0])
+@pytest.mark.parametrize(
+    ("before", "config", "after"),
+    [
+        ("10.5.6.0-24", BOTH, "10.5.6.0/24 and fd00:5:0:9::/64"),
+        ("0.0.0.0-0&fd00:5:0:6::-64", BOTH, "10.5.9.0/24 and fd00:5:0:6::/64"),
+        ("10.5.6.0-24&fd99::-64", BOTH, "10.5.6.0/24 and fd00:5:0:9::/64"),
+        ("10.5.6.0-24&fd00:5:0:6::-64", CONFIG, "10.5.6.0/24"),
+        ("10.5.6.0-24&fd00:5:0:6::-64", IPV6, "fd00:5:0:6::/64"),
+    ],
+)
+def test_a_lease_with_other_families_is_moved_with_the_subnet_that_stays(
+    store: EtcdStore, before: str, config: NetworkConfig, after: str, ttl: int
+) -> None:
+    etcd_lease = store.grant(ttl) if ttl else 0
+    created = store.create(before, value_of(1), etcd_lease)
+    lease = Host(store, config=config, preferred="10.5.9.0/24,fd00:5:0:9::/64").acquire()
+    assert (str(lease), lease.etcd_lease, lease.reserved) == (after, etcd_lease, not ttl)
+    events: list[Record | Deleted] = []
+    changes = iter(store.watch(created + 1))
+    while len(events) < 2:
+        events += next(changes).events
+    # The deletion first: a flanneld forgets the MAC with it.
+    moved = Record(lease.key, value_of(1), etcd_lease, lease.create_revision, lease.mod_revision)
+    assert events == [Deleted(before, lease.mod_revision), moved]
+    assert Host(store, config=config).acquire() == lease
+
+
+def test_a_running_host_follows_when_the_network_gets_another_family(store: EtcdStore) -> None:
+    host = Host(store)
+    first = host.acquire()
+    with host.running():
+        host.keeper.use(BOTH)
+        wait_until(lambda: host.leases, 3)
+        second = host.leases[-1]
+        assert (second.subnet, second.etcd_lease) == (first.subnet, first.etcd_lease)
+        assert second.subnet6 is not None
+        host.keeper.use(CONFIG)
+        wait_until(lambda: len(host.leases) == 2, 3)
+    assert (host.leases[-1].subnets, records(store).keys()) == (first.subnets, {first.key})
+
+
+class Late:
+    """A store whose first snapshot is an old one."""
+
+    def __init__(self, store: EtcdStore) -> None:
+        self._store, self._old = store, [store.snapshot()]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def snapshot(self) -> Snapshot:
+        return self._old.pop() if self._old else self._store.snapshot()
+
+
+def test_of_two_hosts_that_take_one_subnet_in_two_keys_the_younger_takes_another(store: EtcdStore) -> None:
+    late = Late(store)
+    first = Host(store, 1, config=BOTH, preferred="10.5.7.0/24,fd00:5:0:7::/64").acquire()
+    host = Host(late, 2, config=BOTH, preferred="10.5.8.0/24,fd00:5:0:7::/64")
+    second = host.acquire()
+    assert second.subnet6 == first.subnet6
+    with host.running():
+        host.keeper.saw(Changes((records(store)[first.key],), first.mod_revision))
+        wait_until(lambda: host.leases, 3)
+    (lease,) = host.leases
+    assert (lease.subnet, lease.etcd_lease) == (second.subnet, second.etcd_lease)
+    assert str(lease.subnet6) == "fd00:5:0:8::/64", "by the number of the other"
+    assert records(store).keys() == {first.key, lease.key}
+
+
+def test_subnets_of_both_families_have_one_number_so_that_hosts_that_race_cannot_share_one(store: EtcdStore) -> None:
+    lease = Host(store, config=BOTH).acquire()
+    assert lease.subnet is not None and lease.subnet6 is not None
+    assert BOTH.ranges[0].number(lease.subnet) == BOTH.ranges[1].number(lease.subnet6)
+
+
+# --- reservations beside leases ---
+
+
+def test_a_reservation_made_later_does_not_move_the_pods_of_a_running_host(store: EtcdStore) -> None:
+    host = Host(store)
+    first = host.acquire()
+    created = store.create("10.5.6.0-24", value_of(1), 0)
+    before = records(store)
+    with host.running():
+        host.keeper.saw(Changes((before["10.5.6.0-24"],), created))
+        wait_until(lambda: not host.keeper._wake.is_set())
+    assert (host.keeper.lease, host.leases, records(store)) == (first, [], before)
+
+
+def test_a_reservation_that_was_there_first_does_not_move_a_host_that_has_pods(store: EtcdStore) -> None:
+    store.create("10.5.6.0-24", value_of(1), 0)
+    store.create("10.5.7.0-24", value_of(1), store.grant(60))
+    before = records(store)
+    assert str(Host(store, preferred="10.5.7.0/24").acquire()) == "10.5.7.0/24"
+    assert records(store) == before
+
+
+def test_leases_beside_the_reservation_that_is_taken_are_given_up(store: EtcdStore) -> None:
+    for number in (3, 5):
+        store.create(f"10.5.{number}.0-24", value_of(1), store.grant(60))
+    store.create("10.5.6.0-24", value_of(1), 0)
+    other = store.create("10.5.9.0-24", value_of(2), store.grant(60))
+    lease = Host(store, preferred="10.5.6.0/24").acquire()
+    assert lease.reserved
+    assert records(store).keys() == {"10.5.6.0-24", "10.5.9.0-24"}
+    assert records(store)["10.5.9.0-24"].mod_revision == other
+
+
 # --- giving it back ---
+
+
+def test_what_is_released_may_be_known_by_its_mac(store: EtcdStore) -> None:
+    lease = Host(store, 1).acquire()
+    assert lease.attrs.vtep is not None
+    assert release_lease(store, Identity(address(9))) is None
+    assert release_lease(store, Identity(address(9), None, (lease.attrs.vtep.mac,))) == lease
+    assert records(store) == {}
 
 
 def test_a_lease_is_released_for_an_agent_that_no_longer_runs(store: EtcdStore) -> None:
     mine, other = Host(store, 1).acquire(), Host(store, 2).acquire()
-    released = release_lease(store, address(1))
+    released = release_lease(store, Identity(address(1)))
     assert released == mine
     assert not released.reserved
     assert store.time_left(mine.etcd_lease) == 0
     assert records(store).keys() == {subnet_key(other.subnet)}
-    assert release_lease(store, address(1)) is None
+    assert release_lease(store, Identity(address(1))) is None
 
 
 def test_a_reservation_is_not_released_and_is_reported(store: EtcdStore) -> None:
     store.create("10.5.6.0-24", value_of(1), 0)
-    kept = release_lease(store, address(1))
+    kept = release_lease(store, Identity(address(1)))
     assert kept is not None
     assert kept.reserved
     assert kept.attrs.public_ip == pack_address("192.168.0.1")

@@ -27,13 +27,16 @@ PEERS = 201, 202, 203, 204
 """Numbers of hosts without an agent, so that a pass has several batches. See `stranger`."""
 
 PROGRAMMING = (
-    "between sysctls and firewall",
-    "firewall loaded",
+    "before the guard's sets",
+    "guard's sets made",
     "kernel read",
+    "guard told, nothing routed",
     "before the first batch",
     "after the first batch of several",
     "after the third batch of several",
     "after all batches, before settling",
+    "before the firewall's rules",
+    "firewall loaded",
 )
 
 FIRST_START = (

@@ -17,7 +17,7 @@ from overlay import reservations
 from overlay.cluster import wait_until
 from overlay.reservations import ReservationRefused, reserve, reserved_value, unreserve
 from subnet_lease.etcd import EtcdStore
-from subnet_lease.keeper import Keeper, release_lease
+from subnet_lease.keeper import Identity, Keeper, release_lease
 from subnet_lease.model import (
     Lease,
     LeaseAttrs,
@@ -29,7 +29,7 @@ from subnet_lease.model import (
     format_mac,
     pack_address,
 )
-from subnet_lease.store import Record, Store, StoreUnavailable
+from subnet_lease.store import Deleted, Record, Snapshot, Store, StoreUnavailable
 from subnet_lease.watcher import Watcher
 from tests.faults.etcd_process import EtcdProcess
 
@@ -39,7 +39,7 @@ ROOT = Path(__file__).parents[2]
 
 VALUE = b'{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}'
 CONFIG = NetworkConfig.parse(VALUE)
-SUBNET = Prefix.parse("10.5.34.0/24")
+SUBNET = (Prefix.parse("10.5.34.0/24"),)
 KEY = "10.5.34.0-24"
 HOST = pack_address("192.168.0.5")
 OTHER = pack_address("192.168.0.6")
@@ -76,9 +76,9 @@ def own_attrs(previous: Lease | None, public_ip: bytes = HOST) -> LeaseAttrs:
 
 def keeper(store: Store, on_lease: Callable[[Lease], None] = lambda _: None, preferred: str | None = None) -> Keeper:
     """The keeper of an agent on HOST, which renews halfway through each lease."""
-    before = Prefix.parse(preferred) if preferred else None
+    before = (Prefix.parse(preferred),) if preferred else ()
     return Keeper(
-        store, CONFIG, HOST, own_attrs, ttl=60, renew_margin=86400, preferred=before, on_lease=on_lease
+        store, CONFIG, Identity(HOST), own_attrs, ttl=60, renew_margin=86400, preferred=before, on_lease=on_lease
     )  # fmt: skip
 
 
@@ -112,13 +112,13 @@ def test_host_takes_what_is_reserved_for_it_with_its_mac_and_keeps_it_over_resta
 
     first = keeper(store, preferred="10.5.77.0/24").acquire()
     assert first is not None
-    assert (first.subnet, first.reserved) == (SUBNET, True)
+    assert (first.subnets, first.reserved) == (SUBNET, True)
     taken = records(store)
     assert taken.keys() == {KEY}
     assert decode_attrs(taken[KEY].value) == decode_attrs(reserved.value)._replace(extra={"NodeName": "node-5"})
 
     assert keeper(store).acquire() == first
-    kept = release_lease(store, HOST)
+    kept = release_lease(store, Identity(HOST))
     assert kept is not None
     assert kept.reserved
     assert records(store) == taken
@@ -127,12 +127,12 @@ def test_host_takes_what_is_reserved_for_it_with_its_mac_and_keeps_it_over_resta
 def test_other_hosts_leave_a_reserved_subnet_alone(store: EtcdStore) -> None:
     reserve(store, CONFIG, SUBNET, HOST)
     other = Keeper(
-        store, CONFIG, OTHER, lambda lease: own_attrs(lease, OTHER), ttl=60, renew_margin=20, preferred=SUBNET,
-        on_lease=lambda _: None,
+        store, CONFIG, Identity(OTHER), lambda lease: own_attrs(lease, OTHER), ttl=60, renew_margin=20,
+        preferred=SUBNET, on_lease=lambda _: None,
     )  # fmt: skip
     lease = other.acquire()
     assert lease is not None
-    assert lease.subnet != SUBNET
+    assert lease.subnets != SUBNET
 
 
 def test_reserving_again_what_is_reserved_alike_writes_nothing(store: EtcdStore) -> None:
@@ -143,7 +143,7 @@ def test_reserving_again_what_is_reserved_alike_writes_nothing(store: EtcdStore)
 
 
 def test_lease_of_a_running_host_becomes_its_reservation(store: EtcdStore) -> None:
-    with running(store, str(SUBNET)) as held:
+    with running(store, str(SUBNET[0])) as held:
         before = records(store)[KEY]
         said = reserve(store, CONFIG, SUBNET, HOST)
         assert said == "10.5.34.0/24, which 192.168.0.5 leased, is reserved for it from now on"
@@ -195,6 +195,70 @@ def test_host_that_takes_another_subnet_meanwhile_keeps_it_and_the_reservation_i
     assert records(store).keys() == {"10.5.9.0-24"}
 
 
+def test_host_that_takes_its_first_subnet_meanwhile_moves_to_what_is_reserved(store: EtcdStore) -> None:
+    """The reservation is made after the host has looked, and before it takes another subnet."""
+    held: list[Lease] = []
+    late = Overtaken(store, "create", lambda: reserve(store, CONFIG, SUBNET, HOST))
+    own = keeper(late, held.append)
+    watcher = Watcher(store, own.saw)
+    threads = [threading.Thread(target=own.run), threading.Thread(target=watcher.run)]
+    revision = store.snapshot().revision
+    for thread in threads:
+        thread.start()
+    try:
+        wait_until(lambda: held and held[-1].subnets == SUBNET)
+    finally:
+        own.stop()
+        watcher.stop()
+        for thread in threads:
+            thread.join(10)
+    first, last = held
+    assert not first.reserved
+    assert last.reserved
+    assert last.attrs == first.attrs, "peers know its MAC by now"
+    assert records(store).keys() == {KEY}
+    # A flanneld that forgets the MAC with the old key learns it again with the new one.
+    changes = iter(store.watch(revision + 1))
+    events = []
+    while len(events) < 4:
+        events += next(changes).events
+    assert [type(event) for event in events] == [Record, Record, Deleted, Record]
+    assert (events[2].key, events[3].key) == (first.key, KEY)
+    assert events[2].mod_revision == events[3].mod_revision
+
+
+def test_reservation_that_its_host_takes_before_it_is_withdrawn_stays(store: EtcdStore) -> None:
+    """`reserve` sees what the host took first, and wants to withdraw; the host has moved already."""
+    own = keeper(Overtaken(store, "create", lambda: create_only(store)))
+    first = own.acquire()
+    assert first is not None
+
+    def moves() -> None:
+        own.check()
+        assert own.acquire() is not None
+
+    # As the second half of `reserve`: what it created is there, and so is the host's lease.
+    class Half(Overtaken):
+        def snapshot(self) -> Snapshot:
+            if not self.begun:
+                self.begun = True
+                return Snapshot((), 0, 0)
+            return store.snapshot()
+
+        def create(self, key: str, value: bytes, etcd_lease: int) -> int:
+            return records(store)[KEY].create_revision
+
+        begun = False
+
+    said = reserve(Half(store, "delete", moves), CONFIG, SUBNET, HOST)
+    assert said.startswith("10.5.34.0/24 is reserved for 192.168.0.5")
+    assert records(store).keys() == {KEY}
+
+
+def create_only(store: EtcdStore) -> None:
+    store.create(KEY, reserved_value(CONFIG, SUBNET, HOST), 0)
+
+
 def test_another_host_that_takes_the_subnet_meanwhile_keeps_it(store: EtcdStore) -> None:
     def meanwhile() -> None:
         store.create(KEY, encode_attrs(own_attrs(None, OTHER)), store.grant(60))
@@ -215,17 +279,17 @@ def test_host_that_takes_the_subnet_meanwhile_gets_it_as_its_reservation(store: 
 def rewrite(store: EtcdStore, number: int) -> None:
     """What its host does that has something new to say."""
     record = records(store)[KEY]
-    value = encode_attrs(own_attrs(None)._replace(extra={"MTU": 1000 + number}))
+    value = encode_attrs(own_attrs(None)._replace(mtu=1000 + number, extra={}))
     assert store.replace(KEY, value, record.etcd_lease, record.mod_revision)
 
 
 def test_value_that_its_host_changes_meanwhile_is_kept(store: EtcdStore) -> None:
     store.create(KEY, encode_attrs(own_attrs(None)), store.grant(60))
     reserve(Overtaken(store, "replace", lambda: rewrite(store, 1)), CONFIG, SUBNET, HOST)
-    assert (decode_attrs(records(store)[KEY].value).extra, records(store)[KEY].etcd_lease) == ({"MTU": 1001}, 0)
+    assert (decode_attrs(records(store)[KEY].value).mtu, records(store)[KEY].etcd_lease) == (1001, 0)
     said = unreserve(Overtaken(store, "replace", lambda: rewrite(store, 2)), SUBNET)
     assert said.startswith("10.5.34.0/24 is leased by 192.168.0.5 from now on")
-    assert decode_attrs(records(store)[KEY].value).extra == {"MTU": 1002}
+    assert decode_attrs(records(store)[KEY].value).mtu == 1002
 
 
 def test_key_that_keeps_changing_is_given_up_and_leaves_no_etcd_lease_behind(store: EtcdStore) -> None:
@@ -281,7 +345,7 @@ def test_running_host_renews_what_was_its_reservation(store: EtcdStore, monkeypa
         # Of 24 h it would renew the half of it at the latest; this is the same within seconds.
         monkeypatch.setattr(reservations, "LEASE_TTL_S", 4)
         assert unreserve(store, SUBNET).startswith(
-            "10.5.34.0/24 is leased by 192.168.0.5 (node-5) from now on: it ends"
+            "10.5.34.0/24 is leased by 192.168.0.5 (node-5) from now on: the lease ends"
         )
         after = records(store)[KEY]
         assert after == before._replace(etcd_lease=after.etcd_lease, mod_revision=after.mod_revision)
@@ -295,7 +359,7 @@ def test_running_host_renews_what_was_its_reservation(store: EtcdStore, monkeypa
 
         wait_until(renewed_twice)
         assert records(store)[KEY] == after
-    assert [lease.subnet for lease in held] == [SUBNET] * len(held)
+    assert [lease.subnets for lease in held] == [SUBNET] * len(held)
 
 
 def test_reservation_of_a_host_that_does_not_run_ends_by_itself(
@@ -313,7 +377,8 @@ def test_lease_is_left_as_it_is(store: EtcdStore) -> None:
     before = records(store)
     said = unreserve(store, SUBNET)
     assert said == (
-        "10.5.34.0/24 is leased by 192.168.0.5 (node-5), not reserved: it ends by itself unless its host renews it"
+        "10.5.34.0/24 is leased by 192.168.0.5 (node-5), not reserved: "
+        "the lease ends by itself unless its host renews it"
     )
     assert records(store) == before
 
@@ -321,7 +386,7 @@ def test_lease_is_left_as_it_is(store: EtcdStore) -> None:
 def test_key_without_a_readable_value_is_freed(store: EtcdStore) -> None:
     store.create("10.5.9.0-24", b"", 0)
     store.create("0-nonsense", b"", 0)
-    said = unreserve(store, Prefix.parse("10.5.9.0/24"))
+    said = unreserve(store, [Prefix.parse("10.5.9.0/24")])
     assert said == "10.5.9.0/24 is free: its value was unreadable"
     assert records(store).keys() == {"0-nonsense"}
 
@@ -409,7 +474,7 @@ def test_wrong_usage_has_exit_code_2(words: tuple[str, ...]) -> None:
 def test_refused_reservation_is_one_line_and_exit_code_1(etcd: EtcdProcess, prefix: str, store: EtcdStore) -> None:
     done = command(etcd.endpoint, prefix, "reserve", "10.9.34.0/24", "--public-ip", "192.168.0.5")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (1, "", 1)
-    assert done.stderr.startswith("overlay-agent: 10.9.34.0/24 is not reserved: it does not lie between ")
+    assert done.stderr.startswith("overlay-agent: 10.9.34.0/24 is not reserved: 10.9.34.0/24 does not lie between ")
     assert records(store) == {}
 
 

@@ -197,6 +197,40 @@ def test_the_config_is_no_record(store: Store) -> None:
     assert (store.read_config(), store.snapshot().records) == (b"{}", ())
 
 
+def test_a_move_deletes_and_then_puts_in_one_revision(store: Store) -> None:
+    etcd_lease = store.grant(60)
+    first = put(store, KEY, b"one", etcd_lease)
+    changes = begun(store.watch(first + 1))
+    moved = store.move(KEY, first, OTHER, b"two", etcd_lease, 0)
+    assert moved == first + 1
+    assert following(changes, 2) == [Deleted(KEY, moved), Record(OTHER, b"two", etcd_lease, moved, moved)]
+    assert store.snapshot().records == (Record(OTHER, b"two", etcd_lease, moved, moved),)
+    store.revoke(etcd_lease)
+    assert store.snapshot().records == ()
+
+
+def test_a_move_may_go_to_a_key_that_is_there(store: Store) -> None:
+    there = put(store, OTHER, b"one")
+    first = put(store, KEY)
+    moved = store.move(KEY, first, OTHER, b"two", 0, there)
+    assert store.snapshot().records == (Record(OTHER, b"two", 0, there, moved),)
+
+
+def test_a_move_takes_place_whole_or_not_at_all(store: Store) -> None:
+    first = put(store, KEY, b"one")
+    there = put(store, OTHER, b"two")
+    before = store.snapshot()
+    assert store.move(KEY, first, OTHER, b"three", 0, 0) == 0
+    assert store.move(KEY, first, OTHER, b"three", 0, first) == 0
+    assert store.move(KEY, there, OTHER, b"three", 0, there) == 0
+    assert store.move("10.5.3.0-24", first, OTHER, b"three", 0, there) == 0
+    ended = store.grant(60)
+    store.revoke(ended)
+    with pytest.raises(StoreUnavailable):
+        store.move(KEY, first, OTHER, b"three", ended, there)
+    assert store.snapshot() == before
+
+
 # --- etcd leases ---
 
 
@@ -347,6 +381,7 @@ def test_without_etcd_no_call_is_answered_and_a_watch_is_interrupted_for_now(wor
         lambda: store.create(OTHER, b"", 0),
         lambda: store.replace(KEY, b"", 0, created),
         lambda: store.delete(KEY, created),
+        lambda: store.move(KEY, created, OTHER, b"", 0, 0),
         lambda: list(store.watch(1)),
     ]
     for call in calls:

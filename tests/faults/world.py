@@ -718,7 +718,10 @@ def entries(host: Host) -> Entries:
     return {
         "route": {f"{route['dst']} via {gateways.get(route.get('nhid'), route.get('gateway'))}" for route in routes},
         "nexthop": set(gateways.values()),
-        "neighbour": {f"{n['dst']} {n.get('lladdr')}" for n in host.json("ip", "neigh", "show", "dev", "flannel.1")},
+        "neighbour": {
+            f"{n['dst']} {n.get('lladdr')}"
+            for n in host.json("ip", "neigh", "show", "dev", "flannel.1", "nud", "permanent")
+        },
         "fdb": {f"{fdb['mac']} {fdb.get('dst')}" for fdb in host.json("bridge", "fdb", "show", "dev", "flannel.1")},
     }
 

@@ -15,6 +15,7 @@ import pytest
 
 from overlay.cluster import Lab, LabError, labs, orphans, wait_until
 from overlay.netns import NETNS, Process, inhabitants
+from tests.conftest import connect
 
 PROJECT = Path(__file__).parents[2]
 COMMAND = (sys.executable, "-P", "-m", "agent", "lab")
@@ -85,14 +86,14 @@ def test_commands_use_a_lab_that_an_earlier_one_brought_up(make_lab: MakeLab) ->
     ]
     assert json.loads(lab_command("status", name, "--json").stdout) == report
     for host in report:
-        assert host["subnet"] in lab_command("status", name).stdout
+        assert host["subnets"][0] in lab_command("status", name).stdout
     assert {"lab": lab.name, "hosts": 2, "agents_running": 2} in json.loads(lab_command("list", "--json").stdout)
 
     ping = lab_command("ping", name)
     assert ping.returncode == 0
     assert "2 of 2 pings answered." in ping.stdout
     inside = lab_command("exec", name, "h2p1", "--", "ip", "-br", "addr", "show", "eth0")
-    assert report[1]["pods"]["h2p1"] in inside.stdout
+    assert report[1]["pods"]["h2p1"][0] in inside.stdout
     assert lab_command("exec", name, "hub", "--", "sh", "-c", "exit 7").returncode == 7
 
     os.kill(report[0]["agent_pid"], signal.SIGKILL)
@@ -100,6 +101,34 @@ def test_commands_use_a_lab_that_an_earlier_one_brought_up(make_lab: MakeLab) ->
     assert (stopped["agent_pid"], stopped["ready"]) == (None, False)
     assert lab_command("down", name).returncode == 0
     assert nothing_is_left(lab)
+
+
+def test_underlay_can_have_both_families_and_a_host_other_addresses(make_lab: MakeLab) -> None:
+    lab = make_lab(hosts=2, pods=1)
+    name = f"--name={lab.name}"
+    up = lab_command("up", name, "--hosts=2", "--pods=1", "--underlay=46", "--json")
+    assert up.returncode == 0, up.stderr
+    assert [host["underlay_ips"] for host in json.loads(up.stdout)] == [
+        ["172.30.0.11", "fd30::11"],
+        ["172.30.0.12", "fd30::12"],
+    ]
+    assert "fd30::12" in lab_command("status", name).stdout
+    h1, h2 = Lab.existing(lab.name, connect).hosts
+    h2.renumber(ipv4="172.30.0.99", ipv6="fd30::99")
+    for address in h2.underlay_ips.values():
+        assert h1.run("ping", "-n", "-c", "1", "-W", "1", address).returncode == 0
+    for hub in h2.seat.link.hub.values():
+        assert h2.run("ping", "-n", "-c", "1", "-W", "1", str(hub.ip)).returncode == 0
+
+
+def test_overlay_and_backend_are_chosen_on_the_command_line(make_lab: MakeLab) -> None:
+    name = f"--name={make_lab().name}"
+    up = lab_command("up", name, "--underlay=46", "--overlay=46", "--backend=host-gw", "--pods=1", "--json")
+    assert up.returncode == 0, up.stderr
+    assert [(len(host["subnets"]), host["vtep_macs"]) for host in json.loads(up.stdout)] == [(2, [])] * 3
+    ping = lab_command("ping", name)
+    assert "IPv6 ms" in ping.stdout
+    assert "12 of 12 pings answered." in ping.stdout
 
 
 def test_lost_ping_makes_the_ping_command_fail(make_lab: MakeLab) -> None:

@@ -116,7 +116,8 @@ def test_lease_bears_the_mac_of_the_device_and_our_own_facts(shared_lab: Lab) ->
     (own,) = (lease for lease in shared_lab.leases() if format_address(lease.attrs.public_ip) == h1.underlay_ip)
     assert own.attrs.vtep is not None
     assert format_mac(own.attrs.vtep.mac) == h1.json("ip", "link", "show", "flannel.1")[0]["address"]
-    assert own.attrs.extra.keys() == {"MTU", "NodeName", "AgentVersion"}
+    assert own.attrs.mtu == 1450
+    assert own.attrs.extra.keys() == {"NodeName", "AgentVersion"}
 
 
 def test_forwarding_is_switched_on_and_said(shared_lab: Lab) -> None:
@@ -313,7 +314,7 @@ def test_all_agents_killed_and_restarted_under_a_ping_lose_nothing_and_write_not
         assert "10.244.251.0/24" in held["route"]
         # Exactly what changed meanwhile: four entries of the new peer, four of the one that left.
         (written,) = events(host, "reconciled")[passes[host.name] :]
-        assert (written["put"], written["dropped"]) == (4, 4)
+        assert (written["put"], written["dropped"]) == (5, 5)
     after = {lease.subnet: lease.mod_revision for lease in lab.leases()}
     assert {subnet: after[subnet] for subnet in revisions if subnet in after} == {
         subnet: revision for subnet, revision in revisions.items() if subnet in after
@@ -393,6 +394,35 @@ def test_lease_deleted_while_the_agent_runs_is_taken_again(make_lab: Callable[..
     lab.wait_converged()
     assert (h1.subnet, h2.subnet) == subnets
     assert all_answer(lab)
+
+
+def test_agent_follows_its_underlay_to_another_mtu_and_another_address(make_lab: Callable[..., Lab]) -> None:
+    lab = make_lab(hosts=2, pods=1)
+    lab.up()
+    h1, h2 = lab.hosts
+    subnet, before = h1.subnet, h1.json("ip", "link", "show", "flannel.1")[0]
+
+    def own() -> LeaseAttrs:
+        return next(lease.attrs for lease in lab.leases() if str(lease.subnet) == subnet)
+
+    # Smaller packets: the peer learns of it and sends no larger ones.
+    h1.ip("link set eth0 mtu 1400")
+    wait_until(lambda: own().mtu == 1350, 10, "the MTU in the lease")
+    route = ["ip", "route", "show", subnet]
+    wait_until(lambda: h2.json(*route)[0].get("metrics") == [{"mtu": 1350}], 10, "the MTU in the peer's route")
+    assert h1.json("ip", "link", "show", "flannel.1")[0]["mtu"] == 1350
+    wait_until(lambda: h1.subnet_env["FLANNEL_MTU"] == "1350", 10, "the MTU in the subnet file")
+    assert all_answer(lab)
+
+    # Another address: the same device, subnet and MAC.
+    h1.ip(f"addr del {h1.underlay_ip}/16 dev eth0", "addr add 172.30.0.99/16 dev eth0")
+    wait_until(lambda: own().public_ip == bytes((172, 30, 0, 99)), 30, "the address in the lease")
+    wait_until(lambda: all_answer(lab), 10, "pods reached at the new address")
+    link = h1.json("ip", "-d", "link", "show", "flannel.1")[0]
+    assert (link["ifindex"], link["address"]) == (before["ifindex"], before["address"])
+    assert link["linkinfo"]["info_data"]["local"] == "172.30.0.99"
+    assert h1.subnet == subnet
+    assert [event["addresses"] for event in events(h1, "underlay_changed")][-1] == ["172.30.0.99"]
 
 
 def test_subnet_taken_by_another_makes_the_host_move_to_a_new_one(make_lab: Callable[..., Lab]) -> None:
@@ -495,9 +525,9 @@ def test_host_is_taken_over_from_flanneld_under_a_ping_with_no_packet_lost(make_
     )
     (route,) = h2.json("ip", "route", "show", "dev", "flannel.1")
     assert route["protocol"] == "111"
-    # Nexthop and route; and the FDB entry, which iproute2 marks "noarp" where flanneld and we do not.
+    # The guard, nexthop and route; and the FDB entry, which iproute2 marks "noarp" where flanneld and we do not.
     (written,) = events(h2, "reconciled")
-    assert (written["put"], written["dropped"]) == (3, 3)
+    assert (written["put"], written["dropped"]) == (4, 3)
 
 
 def test_host_is_handed_back_to_flanneld_under_a_ping_with_no_packet_lost(make_lab: Callable[..., Lab]) -> None:

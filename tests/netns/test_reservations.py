@@ -35,7 +35,7 @@ def test_new_host_comes_up_with_its_reserved_subnet_and_mac_and_keeps_them(make_
     h3.wait_ready()
     assert h3.subnet == SUBNET
     config = NetworkConfig.parse(lab.store.read_config() or b"")
-    vtep = decode_attrs(reserved_value(config, Prefix.parse(SUBNET), pack_address(h3.underlay_ip))).vtep
+    vtep = decode_attrs(reserved_value(config, (Prefix.parse(SUBNET),), pack_address(h3.underlay_ip))).vtep
     assert vtep is not None
     assert h3.json("ip", "link", "show", "flannel.1")[0]["address"] == format_mac(vtep.mac)
     h3.attach_pods()

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from subnet_lease.cache import FILE, Cached, CacheWriter, read, write
-from subnet_lease.model import Lease, LeaseAttrs, Prefix, Vtep, encode_attrs, pack_address, pack_mac, subnet_key
+from subnet_lease.model import Lease, LeaseAttrs, Prefix, Vtep, encode_attrs, pack_address, pack_mac
 from subnet_lease.store import Record, Snapshot
 
 WRITTEN, UNTIL = 1_000_000.0, 1_086_400.0
@@ -20,7 +20,7 @@ def lease(number: int, etcd_lease: int = 7) -> Lease:
 
 
 def cached(until: float | None = UNTIL) -> Cached:
-    own = lease(1)._replace(attrs=lease(1).attrs._replace(extra={"MTU": 1450}))
+    own = lease(1)._replace(attrs=lease(1).attrs._replace(mtu=1450, extra={"NodeName": "a"}))
     return Cached(CONFIG, own, until, Snapshot((), 99, 5), WRITTEN)
 
 
@@ -40,8 +40,7 @@ def test_what_was_written_comes_back(path: Path) -> None:
     assert found is not None
     assert found._replace(snapshot=Snapshot((), 99, 5)) == cached()
     records = tuple(
-        Record(subnet_key(each.subnet), encode_attrs(each.attrs), 7, each.create_revision, each.mod_revision)
-        for each in peers(2, 3)
+        Record(each.key, encode_attrs(each.attrs), 7, each.create_revision, each.mod_revision) for each in peers(2, 3)
     )
     assert found.snapshot == Snapshot(records, 99, 5)
     assert path.stat().st_mode & 0o777 == 0o600

@@ -1,6 +1,7 @@
 """The wire contract: real bytes decode and encode to themselves; hostile ones end in an error with a reason."""
 
 import json
+import re
 
 import pytest
 from hypothesis import example, given, settings
@@ -10,6 +11,7 @@ from subnet_lease.model import (
     LIVE_SETTINGS,
     MAX_NESTED,
     MAX_VALUE_BYTES,
+    MTUS,
     ConfigInvalid,
     Lease,
     LeaseAttrs,
@@ -51,6 +53,7 @@ LEASES = [
 # --- strategies ---
 
 addresses = st.binary(min_size=4, max_size=4)
+hosts = addresses.filter(any)
 addresses6 = st.binary(min_size=16, max_size=16)
 macs = st.binary(min_size=6, max_size=6)
 vteps = st.builds(Vtep, st.integers(0, (1 << 24) - 1), macs)
@@ -60,14 +63,16 @@ json_values = st.recursive(
     max_leaves=8,
 )
 FLANNELS = ("PublicIP", "PublicIPv6", "BackendType", "BackendData", "BackendV6Data")
-extras = st.dictionaries(st.text().filter(lambda key: key not in FLANNELS), json_values, max_size=3)
+KNOWN = (*FLANNELS, "MTU")
+extras = st.dictionaries(st.text().filter(lambda key: key not in KNOWN), json_values, max_size=3)
 attrs = st.builds(
     LeaseAttrs,
-    public_ip=addresses,
+    public_ip=st.none() | hosts,
     backend_type=st.text(),
     vtep=st.none() | vteps,
     public_ip6=st.none() | addresses6,
     vtep6=st.none() | vteps,
+    mtu=st.just(0) | st.sampled_from(MTUS),
     extra=extras,
 )
 
@@ -102,7 +107,7 @@ hostile = st.one_of(
     json_values.map(lambda value: json.dumps(value).encode()),
     mutated(LEASES[0][1]),
     mutated(CONFIG),
-    objects_with(FLANNELS),
+    objects_with(KNOWN),
     objects_with(("Network", "SubnetLen", "SubnetMin", "SubnetMax", "EnableIPv4", "EnableIPv6", "Backend")),
     objects_with(("IPv6Network", "IPv6SubnetLen", "IPv6SubnetMin", "IPv6SubnetMax", "EnableIPv6", "network")),
 )
@@ -118,7 +123,7 @@ def test_flannels_own_leases_survive_byte_for_byte(key: str, value: bytes) -> No
 
 def test_flannels_own_config_is_read() -> None:
     config = NetworkConfig.parse(CONFIG)
-    assert str(config.block) == "10.0.0.0/8"
+    assert str(config.blocks[0]) == "10.0.0.0/8"
     assert (config.subnet_len, config.subnet_min, config.subnet_max) == (24, bytes((10, 0, 1, 0)), b"\x0a\xff\xff\x00")
     assert (config.backend.type, config.backend.vni, config.backend.port) == ("vxlan", 1, 8472)
 
@@ -145,18 +150,36 @@ def test_attributes_survive(value: LeaseAttrs) -> None:
 @given(attrs)
 def test_values_are_compact_utf8_in_flannels_order(value: LeaseAttrs) -> None:
     names = list(json.loads(encode_attrs(value).decode("ascii")))
-    assert names[:3] == ["PublicIP", "PublicIPv6", "BackendType"]
+    there = [name for name in KNOWN if name in names]
+    assert names == [*there, *value.extra]
+    assert names[:2] == ["PublicIP", "PublicIPv6"]
     assert b'": ' not in encode_attrs(LeaseAttrs(value.public_ip, "vxlan", value.vtep))
 
 
-@given(prefixes(addresses), st.none() | prefixes(addresses6))
-def test_subnet_keys_survive(subnet: Prefix, subnet6: Prefix | None) -> None:
+@given(prefixes(addresses) | st.none(), st.none() | prefixes(addresses6))
+def test_subnet_keys_survive(subnet: Prefix | None, subnet6: Prefix | None) -> None:
+    if subnet6 is None or (subnet is not None and not subnet.length):
+        # Of IPv4 alone, or with all of it: 0.0.0.0-0 beside an IPv6 subnet stands for none.
+        subnet = subnet or Prefix(bytes(4), 0)
+        subnet6 = None
     assert parse_subnet_key(subnet_key(subnet, subnet6)) == (subnet, subnet6)
 
 
+FLANNEL_READS = re.compile(r"(\d+\.\d+.\d+.\d+)-(\d+)(?:&([a-f\d:]+)-(\d+))?$")
+"""Source: ParseSubnetKey in flannel's pkg/subnet."""
+
+
+@given(prefixes(addresses), prefixes(addresses6))
+def test_flannel_can_read_every_key_of_ours(subnet: Prefix, subnet6: Prefix) -> None:
+    found = FLANNEL_READS.fullmatch(subnet_key(subnet, subnet6))
+    assert found is not None
+    assert [Prefix.of(found[1], found[2]), Prefix.of(found[3], found[4])] == [subnet, subnet6]
+
+
 def test_dual_stack_keys_are_flannels() -> None:
-    key = "10.5.34.0-24&fd00-5-0-34---64"
+    key = "10.5.34.0-24&fd00:5:0:34::-64"
     assert subnet_key(Prefix.parse("10.5.34.0/24"), Prefix.parse("fd00:5:0:34::/64")) == key
+    assert subnet_key(None, Prefix.parse("fd00:5:0:34::/64")) == "0.0.0.0-0&fd00:5:0:34::-64"
 
 
 @given(prefixes(addresses | addresses6))
@@ -220,14 +243,15 @@ def test_hostile_configs_are_configs_or_name_the_key(value: bytes) -> None:
     st.text() | st.text("0123456789.-/&abcdef:%") | st.binary().map(lambda raw: raw.decode(errors="surrogateescape"))
 )
 @example("10.5.34.0-" + "9" * 5000)
-@example("10.5.34.0-24&fd00--%1-64")
+@example("10.5.34.0-24&fd00::%1-64")
 def test_a_key_is_a_subnet_in_its_one_notation_or_invalid(key: str) -> None:
     try:
         subnet, subnet6 = parse_subnet_key(key)
     except LeaseInvalid as error:
         assert len(str(error)) < 300
     else:
-        assert subnet_key(subnet) == key.partition("&")[0]
+        assert subnet_key(subnet, subnet6) == key
+        assert subnet is not None or subnet6 is not None
         assert (subnet6 is not None) == ("&" in key)
 
 
@@ -236,7 +260,7 @@ def test_a_key_is_a_subnet_in_its_one_notation_or_invalid(key: str) -> None:
     (
         *("", "config", "10.5.34.0", "10.5.34.0/24", "10.5.34.0-024", "10.5.34.1-24", "10.5.34.0-33", "10.5.34-24"),
         *("&", "10.5.34.0-24&", "10.5.34.0-24&10.6.0.0-24", "fd00---64", "010.5.34.0-24", "10.5.34.0-24 "),
-        "10.5.34.0--24",
+        *("::-0", "10.5.34.0--24", "10.5.34.0-24&FD00::-64", "10.5.34.0-24&fd00:0::-64", "10.5.34.0-24&0fd00::-64"),
     ),
 )
 def test_what_is_no_subnet_is_no_key(key: str) -> None:
@@ -282,8 +306,9 @@ def test_numbers_that_json_does_not_know_are_refused() -> None:
     [
         (b"", "not JSON"),
         (b"[]", "not a JSON object"),
-        (b"{}", "BackendType is missing"),
-        (b'{"BackendType":1}', "BackendType is missing or not a string"),
+        (b"{}", "PublicIP is missing"),
+        (b'{"BackendType":1}', "BackendType is not a string"),
+        (b'{"BackendType":null}', "BackendType is not a string"),
         (b'{"BackendType":"vxlan"}', "PublicIP is missing"),
         (b'{"BackendType":"vxlan","PublicIP":7}', "PublicIP is not a string"),
         (b'{"BackendType":"vxlan","PublicIP":"1.2.3"}', "not an IP address"),
@@ -342,16 +367,28 @@ def test_a_config_that_cannot_be_used_names_the_key_at_fault(value: bytes, key: 
 
 def test_unknown_keys_are_reported_and_known_ones_match_in_any_case() -> None:
     config = NetworkConfig.parse(b'{"network":"10.5.0.0/16","Netwrok":"x","Backend":{"type":"vxlan","Vlan":1}}')
-    assert str(config.block) == "10.5.0.0/16"
+    assert str(config.blocks[0]) == "10.5.0.0/16"
     assert config.backend.type == "vxlan"
     assert config.unknown == ("Netwrok", "Backend.Vlan")
 
 
-def test_an_overlay_of_ipv6_alone_has_no_block() -> None:
-    config = NetworkConfig.parse(b'{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:5::/48"}')
-    assert config.ipv6_subnet_len == 64
-    with pytest.raises(ConfigInvalid):
-        _ = config.block
+def test_an_overlay_has_the_networks_of_the_families_that_are_enabled() -> None:
+    both = b'{"Network":"10.5.0.0/16","IPv6Network":"fd00:5::/48"'
+    blocks = {
+        b"}": ["10.5.0.0/16"],
+        b',"EnableIPv6":true}': ["10.5.0.0/16", "fd00:5::/48"],
+        b',"EnableIPv4":false,"EnableIPv6":true}': ["fd00:5::/48"],
+    }
+    for switches, expected in blocks.items():
+        assert [str(block) for block in NetworkConfig.parse(both + switches).blocks] == expected
+    (available,) = NetworkConfig.parse(both + b',"EnableIPv4":false,"EnableIPv6":true}').ranges
+    assert available.length == 64
+    assert (format_address(available.first), format_address(available.last)) == ("fd00:5:0:1::", "fd00:5:0:ffff::")
+
+
+@pytest.mark.parametrize("backend", ["vxlan", "host-gw", "alloc", "udp"])
+def test_any_backend_can_be_named(backend: str) -> None:
+    assert NetworkConfig.parse(b'{"Network":"10.5.0.0/16","Backend":{"Type":"%s"}}' % backend.encode()).backend.type
 
 
 def test_key_without_an_etcd_lease_is_a_reservation() -> None:
@@ -365,3 +402,55 @@ def test_extra_keys_are_left_out_where_nobody_wants_them() -> None:
     value = b'{"PublicIP":"10.0.0.1","BackendType":"vxlan","NodeName":"a"}'
     assert decode_attrs(value).extra == {"NodeName": "a"}
     assert decode_attrs(value, extras=False).extra == {}
+
+
+def test_values_of_a_host_without_ipv4_are_flannels() -> None:
+    attrs = LeaseAttrs(None, "vxlan", None, pack_address("fd00::5"), Vtep(1, pack_mac("16:0a:e4:09:2d:56")))
+    value = (
+        b'{"PublicIP":"0.0.0.0","PublicIPv6":"fd00::5","BackendType":"vxlan",'
+        b'"BackendV6Data":{"VNI":1,"VtepMAC":"16:0a:e4:09:2d:56"}}'
+    )
+    assert encode_attrs(attrs) == value
+    assert decode_attrs(value) == attrs
+    assert attrs.underlay_ip == pack_address("fd00::5")
+
+
+def test_values_of_backends_without_a_tunnel_are_flannels() -> None:
+    """Empty raw JSON and an empty type are left out (source: flannel LeaseAttrs, omitempty)."""
+    address = pack_address("192.168.0.5")
+    values = {
+        b'{"PublicIP":"192.168.0.5","PublicIPv6":null,"BackendType":"host-gw"}': LeaseAttrs(address, "host-gw", None),
+        b'{"PublicIP":"192.168.0.5","PublicIPv6":null}': LeaseAttrs(address, "", None),
+    }
+    for value, attrs in values.items():
+        assert (decode_attrs(value), encode_attrs(attrs)) == (attrs, value)
+
+
+def test_mtu_stands_behind_flannels_keys_and_before_the_extras() -> None:
+    attrs = LeaseAttrs(pack_address("1.2.3.4"), "vxlan", None, mtu=1450, extra={"NodeName": "a"})
+    assert list(json.loads(encode_attrs(attrs))) == ["PublicIP", "PublicIPv6", "BackendType", "MTU", "NodeName"]
+
+
+@pytest.mark.parametrize("mtu", [b'"1450"', b"true", b"67", b"65536", b"-1", b"1450.0", b"null", b"[1450]"])
+def test_an_mtu_that_is_none_is_unknown_and_no_reason_to_reject(mtu: bytes) -> None:
+    found = decode_attrs(b'{"PublicIP":"1.2.3.4","BackendType":"vxlan","MTU":' + mtu + b"}")
+    assert (found.mtu, found.extra) == (0, {})
+
+
+def test_equal_mtus_are_one_object() -> None:
+    value = b'{"PublicIP":"1.2.3.4","BackendType":"vxlan","MTU":%d}'
+    assert decode_attrs(value % 1450).mtu is decode_attrs(value % 1450).mtu
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "count"),
+    [
+        ("10.5.34.0-24", "10.5.34.0/24", 1),
+        ("10.5.34.0-24&fd00::-64", "10.5.34.0/24 and fd00::/64", 2),
+        ("0.0.0.0-0&fd00::-64", "fd00::/64", 1),
+    ],
+)
+def test_lease_knows_its_subnets_and_its_key(key: str, text: str, count: int) -> None:
+    lease = Lease(*parse_subnet_key(key), LeaseAttrs(None, "alloc", None), 1, 1, 1)
+    assert (lease.key, str(lease), f"{lease}", len(lease.subnets)) == (key, text, text, count)
+    assert lease._replace(subnet=None, subnet6=None).subnets == ()

@@ -10,8 +10,11 @@ from overlay.listing import Row, as_json, as_text, rows_of
 from subnet_lease.model import LeaseAttrs, NetworkConfig, Prefix, Vtep, encode_attrs, pack_address
 from subnet_lease.store import Record, Snapshot
 
-NETWORK = Prefix.parse("10.5.0.0/16")
+NETWORK = (Prefix.parse("10.5.0.0/16"),)
 CONFIG = NetworkConfig.parse(b'{"Network":"10.5.0.0/16","Backend":{"Type":"vxlan"}}')
+BOTH = NetworkConfig.parse(
+    b'{"Network":"10.5.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}'
+)
 PAGE = Path(__file__).parents[2] / "docs/reservations.md"
 
 
@@ -70,6 +73,36 @@ def test_table_of_a_cluster_in_order_has_no_marks_and_no_reasons() -> None:
     )
 
 
+def test_table_of_both_families_has_columns_for_what_there_is() -> None:
+    networks = BOTH.blocks
+    six = LeaseAttrs(None, "vxlan", None, pack_address("fd11::3"), Vtep(1, b"\2\6\0\0\0\3"), 1430, {"NodeName": "h3"})
+    records = (
+        record(2, 9, etcd_lease=6, key="10.5.2.0-24&fd00:5:0:2::-64", name="h2"),
+        Record("0.0.0.0-0&fd00:5:0:3::-64", encode_attrs(six), 0, 4, 4),
+    )
+    listed = rows_of(BOTH, Snapshot(records, 100, 1))
+    assert as_text(networks, listed, TTLS) == (
+        "SUBNET       IPV6 SUBNET      HOST  PUBLIC IP    PUBLIC IPV6  VTEP MAC           IPV6 VTEP MAC      "
+        "TTL LEFT     REVISION\n"
+        "10.5.2.0/24  fd00:5:0:2::/64  h2    192.168.0.2  -            02:00:00:00:00:02  -                  "
+        "59 min 59 s  9\n"
+        "-            fd00:5:0:3::/64  h3    -            fd11::3      -                  02:06:00:00:00:03  "
+        "reserved     4\n"
+        "\n"
+        "2 in 10.5.0.0/16 and fd00:5::/48, 1 reserved, 0 rejected by agents"
+    )
+    assert as_text(networks, listed, TTLS, 90).splitlines()[0] == (
+        "SUBNET       IPV6 SUBNET      HOST  PUBLIC IP    VTEP MAC           TTL LEFT"
+    )
+    alone = as_text(networks[1:], listed[1:], TTLS).splitlines()
+    assert alone[0] == "IPV6 SUBNET      HOST  PUBLIC IPV6  IPV6 VTEP MAC      TTL LEFT  REVISION"
+    data = json.loads(as_json(networks, 100, listed, TTLS))
+    assert (data["network"], data["ipv6_network"]) == ("10.5.0.0/16", "fd00:5::/48")
+    found = data["leases"][1]
+    assert (found["subnet"], found["ipv6_subnet"], found["public_ip"]) == (None, "fd00:5:0:3::/64", None)
+    assert (found["public_ipv6"], found["vtep_mac_ipv6"], found["mtu"]) == ("fd11::3", "02:06:00:00:00:03", 1430)
+
+
 def test_empty_network_says_so() -> None:
     assert as_text(NETWORK, [], {}) == "No leases in 10.5.0.0/16."
 
@@ -111,8 +144,8 @@ def test_fifteen_thousand_leases_are_listed() -> None:
         attrs = LeaseAttrs(bytes((172, 16, n >> 8, n & 255)), "vxlan", Vtep(1, bytes((2, 0, 0, 0, n >> 8, n & 255))))
         records.append(Record(f"10.{n >> 8}.{n & 255}.0-24", encode_attrs(attrs), n, n, n))
     listed = rows_of(config, Snapshot(tuple(records), 20_000, 1))
-    assert len(as_text(config.block, listed, None).splitlines()) == 15_003
-    assert len(json.loads(as_json(config.block, 20_000, listed, {}))["leases"]) == 15_000
+    assert len(as_text(config.blocks, listed, None).splitlines()) == 15_003
+    assert len(json.loads(as_json(config.blocks, 20_000, listed, {}))["leases"]) == 15_000
 
 
 # --- for programs ---
@@ -120,15 +153,22 @@ def test_fifteen_thousand_leases_are_listed() -> None:
 
 def test_json_has_this_schema() -> None:
     data = json.loads(as_json(NETWORK, 100, rows(*CLUSTER), TTLS))
-    assert {key: value for key, value in data.items() if key != "leases"} == {"network": "10.5.0.0/16", "revision": 100}
+    assert {key: value for key, value in data.items() if key != "leases"} == {
+        "network": "10.5.0.0/16",
+        "ipv6_network": None,
+        "revision": 100,
+    }
     assert data["leases"][0] == {
         "key": "10.5.2.0-24",
         "subnet": "10.5.2.0/24",
         "ipv6_subnet": None,
         "node_name": "h2",
         "public_ip": "192.168.0.2",
+        "public_ipv6": None,
         "backend_type": "vxlan",
         "vtep_mac": "02:00:00:00:00:02",
+        "vtep_mac_ipv6": None,
+        "mtu": None,
         "reserved": False,
         "ttl_s": 3599,
         "create_revision": 9,
@@ -148,7 +188,7 @@ def test_json_has_this_schema() -> None:
 
 
 def test_json_without_times_and_with_ipv6_subnets() -> None:
-    (lease,) = json.loads(as_json(NETWORK, 1, rows(record(2, 9, key="10.5.2.0-24&fd00-2---64")), {}))["leases"]
+    (lease,) = json.loads(as_json(NETWORK, 1, rows(record(2, 9, key="10.5.2.0-24&fd00:2::-64")), {}))["leases"]
     assert (lease["ttl_s"], lease["ipv6_subnet"]) == (None, "fd00:2::/64")
 
 

@@ -14,8 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlay import options
+from overlay import options, reference
 from overlay.options import EtcdOptions, HostOptions, OptionError, Options
+from subnet_lease.model import Prefix, pack_address
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,8 +95,14 @@ VALUES: dict[str, st.SearchStrategy[tuple[list[str], Any]]] = {
     ),
     "iface": st.lists(words, min_size=1, max_size=3).map(lambda names: (names, tuple(names))),
     "iface_regex": st.sampled_from(["^eth[0-9]{1,2}$", "10\\.0\\..*"]).map(lambda text: ([text], (text,))),
-    "iface_can_reach": ipv4.map(lambda text: ([text], text)),
+    "iface_can_reach": st.ip_addresses().map(lambda address: ([str(address)], str(address))),
     "public_ip": ipv4.map(lambda text: ([text], text)),
+    "public_ipv6": st.ip_addresses(v=6).map(lambda address: ([address.exploded], str(address))),
+    "no_masquerade_cidr": st.lists(ipv4, min_size=1, max_size=3).map(
+        lambda found: ([f"{text}/32" for text in found], tuple(Prefix.parse(f"{text}/32") for text in found))
+    ),
+    "source_guard": st.sampled_from(["on", "log", "off"]).map(lambda text: ([text], text)),
+    "nexthop_objects": st.booleans().map(lambda value: (["true" if value else "false"], value)),
     "subnet_file": words.map(lambda text: (["/run/" + text], "/run/" + text)),
     "subnet_lease_ttl": st.integers(7201, 86400).map(lambda number: ([str(number)], number)),
     "subnet_lease_renew_margin": st.integers(1, 120).map(lambda number: ([str(number)], number * 60.0)),
@@ -108,8 +115,8 @@ VALUES: dict[str, st.SearchStrategy[tuple[list[str], Any]]] = {
 }
 
 
-LISTS = {"etcd_endpoints", "iface", "iface_regex"}
-BARE = {"subnet_lease_ttl", "subnet_lease_renew_margin", "ip_masq", "healthz_port"}
+LISTS = {"etcd_endpoints", "iface", "iface_regex", "no_masquerade_cidr"}
+BARE = {"subnet_lease_ttl", "subnet_lease_renew_margin", "ip_masq", "healthz_port", "nexthop_objects"}
 
 
 def toml_of(name: str, texts: list[str]) -> str:
@@ -143,6 +150,25 @@ def test_the_same_values_come_out_whether_given_by_flag_variable_or_file(given_:
     theirs = run(environ=flannel)
     for name in set(expected) & {"etcd_endpoints", "etcd_prefix", "public_ip", "ip_masq", "healthz_port"}:
         assert getattr(theirs, name) == expected[name]
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("--public-ip=2001:db8::1", "'2001:db8::1' is not an IPv4 address"),
+        ("--public-ipv6=192.0.2.1", "'192.0.2.1' is not an IPv6 address"),
+        ("--public-ipv6=nonsense", "'nonsense' is not an IPv6 address"),
+    ],
+)
+def test_an_address_of_the_wrong_family_is_refused(argv: str, says: str) -> None:
+    assert says in refusal(argv)
+
+
+def test_public_addresses_are_those_that_were_given_ipv4_first() -> None:
+    both = run("--public-ipv6=2001:db8::1", "--public-ip=192.0.2.1")
+    assert both.public_addresses == (pack_address("192.0.2.1"), pack_address("2001:db8::1"))
+    assert run("--public-ipv6=2001:db8::1").public_addresses == (pack_address("2001:db8::1"),)
+    assert run().public_addresses == ()
 
 
 def test_flags_may_have_one_dash_as_flanneld_takes_them() -> None:
@@ -217,10 +243,9 @@ def test_a_renew_margin_that_was_asked_for_is_kept_or_refused() -> None:
         (["--iface"], "--iface: expected one argument"),
         (["--kube-subnet-mgr"], "leases from the Kubernetes API are not supported; this agent leases from etcd\n"),
         (["-net-config-path=/x"], "read from etcd, not from a file\n  Put it there: etcdctl put"),
-        (["--iptables-resync=5"], "writes no iptables rules"),
+        (["--iptables-resync=5"], "rules are in nftables"),
         (["-v=3"], "Use --log-level debug."),
         (["-v", "3"], "-v: log levels have names here"),
-        (["--public-ipv6=::1"], "only IPv4 underlays"),
     ],
 )
 def test_an_unknown_flag_is_named_with_what_to_do_instead(argv: list[str], says: str) -> None:
@@ -409,21 +434,21 @@ def test_help_fits_80_columns_and_names_every_option_with_its_variable() -> None
 
 
 def test_the_committed_documents_are_the_generated_ones() -> None:
-    assert (ROOT / "docs/configuration.md").read_text() == options.reference(), "run python -m overlay.options"
-    assert (ROOT / "deploy/overlay-agent.toml").read_text() == options.example(), (
-        "run python -m overlay.options example"
+    assert (ROOT / "docs/configuration.md").read_text() == reference.reference(), "run python -m overlay.reference"
+    assert (ROOT / "deploy/overlay-agent.toml").read_text() == reference.example(), (
+        "run python -m overlay.reference example"
     )
 
 
-@pytest.mark.parametrize(("arguments", "text"), [([], options.reference), (["example"], options.example)])
+@pytest.mark.parametrize(("arguments", "text"), [([], reference.reference), (["example"], reference.example)])
 def test_the_module_prints_the_documents(arguments: list[str], text: Any) -> None:
-    command = [sys.executable, "-m", "overlay.options", *arguments]
+    command = [sys.executable, "-m", "overlay.reference", *arguments]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == text()
 
 
 def test_the_example_is_harmless_as_it_is_and_valid_when_uncommented() -> None:
-    assert tomllib.loads(options.example()) == {}
-    lines = [line[1:] for line in options.example().splitlines() if line.startswith("#") and line[1:2].isalpha()]
+    assert tomllib.loads(reference.example()) == {}
+    lines = [line[1:] for line in reference.example().splitlines() if line.startswith("#") and line[1:2].isalpha()]
     resolved = run(toml="\n".join(lines))
     expected = {field.name.replace("_", "-") for field in dataclasses.fields(Options)} - {"etcd-password"}
     assert set(tomllib.loads("\n".join(lines))) == expected
@@ -432,7 +457,7 @@ def test_the_example_is_harmless_as_it_is_and_valid_when_uncommented() -> None:
 
 
 def test_the_reference_has_a_row_for_every_option() -> None:
-    text = options.reference()
+    text = reference.reference()
     for field in dataclasses.fields(Options):
         assert f"`OVERLAY_AGENT_{field.name.upper()}`" in text
     assert max(map(len, text.split("\n## ")[0].splitlines())) <= 120

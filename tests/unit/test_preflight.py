@@ -174,6 +174,17 @@ def test_router_advertisements_are_ignored_on_a_device_with_a_dot_in_its_name() 
     assert result == ["Change(name='net.ipv6.conf.flannel/7.accept_ra', before='1', after='0')", "None", "None"]
 
 
+@pytest.mark.netns
+def test_forwarding_stays_off_where_the_advertised_default_route_cannot_be_kept() -> None:
+    own = "/proc/sys/net/ipv6/conf/eth0"
+    result = in_namespace(
+        "found = sysctl.enable_ipv6_forwarding('eth0')\n"
+        "result = [[refused.remedy for refused in found], sysctl.read('net.ipv6.conf.all.forwarding')]",
+        prepare=f"ip link add eth0 type veth && mount --bind {own} {own} && mount -o remount,bind,ro {own}",
+    )
+    assert result == [["sysctl -w net.ipv6.conf.eth0.accept_ra=2"], "0"]
+
+
 # --- kernel settings as files ------------------------------------------------------------------------------------
 
 

@@ -19,17 +19,28 @@ from subnet_lease.model import (
     pack_address,
     pack_mac,
     parse_subnet_key,
+    subnet_key,
 )
 from subnet_lease.store import Changes, Deleted, Record, Snapshot
-from subnet_lease.table import NOBODY, Host, LeaseTable
+from subnet_lease.table import NOBODY, Host, LeaseTable, possible_host
 
 CONFIG = NetworkConfig.parse(b'{"Network":"10.0.0.0/16","SubnetLen":24,"Backend":{"Type":"vxlan"}}')
 HOST = Host(
     "10.0.200.0-24",
-    Prefix.parse("10.0.200.0/24"),
-    pack_address("172.30.0.200"),
-    pack_mac("02:00:00:00:00:c8"),
+    (Prefix.parse("10.0.200.0/24"),),
+    (pack_address("172.30.0.200"),),
+    (pack_mac("02:00:00:00:00:c8"),),
     links=(Prefix.parse("10.0.128.0/22"),),
+)
+BOTH = NetworkConfig.parse(
+    b'{"Network":"10.0.0.0/16","EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}'
+)
+BOTH_HOST = Host(
+    "10.0.200.0-24&fd00:5:0:c8::-64",
+    (Prefix.parse("10.0.200.0/24"), Prefix.parse("fd00:5:0:c8::/64")),
+    (pack_address("172.30.0.200"), pack_address("fd11::c8")),
+    (pack_mac("02:00:00:00:00:c8"), pack_mac("02:06:00:00:00:c8")),
+    links=(Prefix.parse("fd00:5:0:80::/60"),),
 )
 CLUSTER = 77
 
@@ -45,6 +56,26 @@ def record(key: str, host: int, created: int, modified: int = 0, **changes: obje
     return Record(key, value(host, **changes), 1, created, modified or created)
 
 
+def value6(host: int, **changes: object) -> bytes:
+    """As `value`, of a host whose underlay has IPv6 alone unless `changes` give it a PublicIP and BackendData."""
+    vtep = Vtep(1, b"\x02\6\0\0\0" + bytes([host]))
+    attrs = LeaseAttrs(None, "vxlan", None, pack_address(f"fd11::{host:x}"), vtep)
+    return json.dumps({**json.loads(encode_attrs(attrs)), **changes}).encode()
+
+
+def record6(key: str, host: int, created: int, **changes: object) -> Record:
+    return Record(key, value6(host, **changes), 1, created, created)
+
+
+def key6(number: int, length: int = 64) -> str:
+    """The key of IPv6 subnet fd00:5:0:number::/length alone."""
+    return subnet_key(None, Prefix.parse(f"fd00:5:0:{number:x}::/{length}"))
+
+
+def backend_data(mac: str, vni: int = 1) -> dict[str, object]:
+    return {"VNI": vni, "VtepMAC": mac}
+
+
 def snapshot(*records: Record, revision: int = 100, cluster: int = CLUSTER) -> Snapshot:
     return Snapshot(records, revision, cluster)
 
@@ -53,8 +84,8 @@ def changes(*events: Record | Deleted) -> Changes:
     return Changes(events, events[-1].mod_revision)
 
 
-def table(*records: Record) -> LeaseTable:
-    made = LeaseTable(CONFIG, HOST)
+def table(*records: Record, config: NetworkConfig = CONFIG, host: Host = HOST) -> LeaseTable:
+    made = LeaseTable(config, host)
     made.replace(snapshot(*records))
     return made
 
@@ -153,6 +184,190 @@ def test_accepted_lease_that_is_spoiled_is_withdrawn() -> None:
     assert accepted(made) == set()
     assert made.apply(changes(Deleted("10.0.1.0-24", 102))) == set()
     assert made.rejected_count == 0
+
+
+# --- address families and backends ---
+
+
+def test_lease_of_both_families_is_accepted_with_both_subnets_and_vteps() -> None:
+    vtep = {"PublicIP": "172.30.0.1", "BackendData": backend_data("02:00:00:00:00:01")}
+    key = "10.0.1.0-24&fd00:5:0:1::-64"
+    made = table(record6(key, 1, 5, **vtep), config=BOTH, host=BOTH_HOST)
+    lease = made.accepted(key)
+    assert lease is not None
+    assert str(lease) == "10.0.1.0/24 and fd00:5:0:1::/64"
+    assert lease.attrs == LeaseAttrs(
+        pack_address("172.30.0.1"),
+        "vxlan",
+        Vtep(1, pack_mac("02:00:00:00:00:01")),
+        pack_address("fd11::1"),
+        Vtep(1, pack_mac("02:06:00:00:00:01")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "cut"),
+    [
+        ("10.0.1.0-24", "10.0.1.0/24"),
+        ("10.0.1.0-24&fd00:5:0:1::-64", "10.0.1.0/24"),
+        ("10.0.1.0-24&fd99::-64", "10.0.1.0/24"),
+    ],
+)
+def test_lease_counts_as_far_as_a_network_of_ipv4_goes(key: str, cut: str) -> None:
+    made = table(record(key, 1, 5))
+    assert str(made.accepted(key)) == cut
+    assert made.apply(changes(Deleted(key, 101))) == {key}
+    assert not made._claims._holders
+
+
+def test_lease_counts_as_far_as_a_network_of_ipv6_goes() -> None:
+    config = NetworkConfig.parse(
+        b'{"EnableIPv4":false,"EnableIPv6":true,"IPv6Network":"fd00:5::/48","Backend":{"Type":"vxlan"}}'
+    )
+    dual, alone, none = "10.0.1.0-24&fd00:5:0:1::-64", key6(2), "10.0.3.0-24"
+    made = table(record(dual, 1, 5), record6(alone, 2, 6), record(none, 3, 7), config=config, host=NOBODY)
+    assert {key: str(lease) for key, lease in made.peers()} == {dual: "fd00:5:0:1::/64", alone: "fd00:5:0:2::/64"}
+    assert made.rejected == {none: "it has no subnet in fd00:5::/48"}
+
+
+def test_lease_of_ipv6_alone_is_rejected_in_a_network_of_ipv4() -> None:
+    assert table(record(key6(1), 1, 5)).rejected == {key6(1): "it has no subnet in 10.0.0.0/16"}
+
+
+def test_lease_of_one_family_is_accepted_in_a_network_of_both() -> None:
+    made = table(record("10.0.1.0-24", 1, 5), record6(key6(2), 2, 6), config=BOTH, host=BOTH_HOST)
+    assert accepted(made) == {"10.0.1.0-24", key6(2)}
+
+
+@pytest.mark.parametrize(
+    ("bad", "reason"),
+    [
+        (record6("10.0.1.0-24&fd00:6::-64", 1, 5), "the subnet lies outside fd00:5::/48"),
+        (record6("10.9.1.0-24&fd00:5:0:1::-64", 1, 5), "the subnet lies outside 10.0.0.0/16"),
+        (record6(key6(0, 48), 1, 5), "the subnet spans more than 256 subnets of /64"),
+        (record6("0.0.0.0-0&fd00:5:0:c8:8000::-65", 1, 5), "the subnet overlaps this host's own, fd00:5:0:c8::/64"),
+        (record6(key6(0x81), 1, 5), "the subnet overlaps fd00:5:0:80::/60, which a link of this host uses"),
+        (record6(key6(1), 1, 5, PublicIPv6="::"), "PublicIPv6 :: cannot be a host's address"),
+        (record6(key6(1), 1, 5, PublicIPv6="::1"), "PublicIPv6 ::1 cannot be a host's address"),
+        (record6(key6(1), 1, 5, PublicIPv6="ff02::1"), "PublicIPv6 ff02::1 cannot be a host's address"),
+        (record6(key6(1), 1, 5, PublicIPv6="::ffff:172.30.0.1"), "PublicIPv6 ::ffff:"),
+        (record6(key6(1), 1, 5, PublicIPv6="fe80::1"), "PublicIPv6 fe80::1 cannot be a host's address"),
+        (record6(key6(1), 1, 5, PublicIPv6="fd00:5:0:9::1"), "PublicIPv6 fd00:5:0:9::1 lies inside the overlay, fd00:"),
+        (record6(key6(1), 1, 5, PublicIPv6="fd11::c8"), "PublicIPv6 fd11::c8 is this host's own"),
+        (record6(key6(1), 1, 5, PublicIPv6=None), "BackendV6Data has a VtepMAC, and there is no PublicIPv6"),
+        (record6(key6(1), 1, 5, BackendV6Data=None), "BackendV6Data has no VtepMAC"),
+        (record6(key6(1), 1, 5, BackendV6Data=backend_data("02:00:00:00:00:01", 2)), "the VNI is 2, the network's"),
+        (record6(key6(1), 1, 5, BackendV6Data=backend_data("03:00:00:00:00:01")), "VtepMAC 03:00:00:00:00:01 is not"),
+        (record6(key6(1), 1, 5, BackendV6Data=backend_data("02:00:00:00:00:c8")), "VtepMAC 02:00:00:00:00:c8 is this"),
+        (
+            record6(key6(1), 1, 5, PublicIP="172.30.0.1", BackendData=backend_data("02:06:00:00:00:01")),
+            "VtepMAC 02:06:00:00:00:01 stands for two addresses",
+        ),
+        (
+            record6(key6(1), 1, 5, PublicIPv6="ff02::1", PublicIP="172.30.0.1",
+                    BackendData=backend_data("02:06:00:00:00:01")),
+            "PublicIPv6 ff02::1 cannot be a host's address",
+        ),
+        (record6(key6(1), 1, 5, PublicIP="172.30.0.1"), "BackendData has no VtepMAC"),
+        (record6(key6(1), 1, 5, BackendData=backend_data("02:00:00:00:00:01")), "BackendData has a VtepMAC, and"),
+        (
+            record6(key6(1), 1, 5, PublicIPv6=None, BackendV6Data=None),
+            "its underlay has no address of a family that this host's has",
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_either_family_is_said(bad: Record, reason: str) -> None:
+    made = table(bad, record("10.0.9.0-24", 9, 6), config=BOTH, host=BOTH_HOST)
+    assert accepted(made) == {"10.0.9.0-24"}
+    assert made.rejected[bad.key].startswith(reason)
+
+
+@pytest.mark.parametrize(("own", "reached"), [("172.30.0.200", "10.0.1.0-24"), ("fd11::c8", key6(2))])
+def test_leases_on_an_underlay_of_another_family_alone_are_rejected(own: str, reached: str) -> None:
+    host = Host("none", (), (pack_address(own),), ())
+    made = table(record("10.0.1.0-24", 1, 5), record6(key6(2), 2, 6), config=BOTH, host=host)
+    assert accepted(made) == {reached}
+    assert set(made.rejected.values()) == {"its underlay has no address of a family that this host's has"}
+
+
+def test_one_mac_for_addresses_of_two_families_is_a_contest() -> None:
+    thief = record6(key6(2), 2, 6, BackendV6Data=backend_data("02:00:00:00:00:01"))
+    made = table(thief, record("10.0.1.0-24", 1, 5), config=BOTH, host=BOTH_HOST)
+    assert made.rejected == {key6(2): "VtepMAC 02:00:00:00:00:01 has longer been 172.30.0.1's"}
+
+
+def test_two_macs_for_one_ipv6_address_are_a_contest() -> None:
+    thief = record6(key6(2), 1, 6, BackendV6Data=backend_data("02:00:00:00:00:02"))
+    made = table(thief, record6(key6(1), 1, 5), config=BOTH, host=BOTH_HOST)
+    assert made.rejected == {
+        key6(2): "PublicIPv6 fd11::1 has longer been that of fd00:5:0:1::/64 with VtepMAC 02:06:00:00:00:01"
+    }
+
+
+def test_overlap_in_either_family_is_a_contest() -> None:
+    elder, younger = "10.0.1.0-24&fd00:5:0:1::-64", "10.0.2.0-24&fd00:5:0:1::-64"
+    made = table(record6(elder, 1, 5), record6(younger, 2, 6), config=BOTH, host=BOTH_HOST)
+    assert made.rejected == {younger: "the subnet overlaps fd00:5:0:1::/64, which fd11::1 has held for longer"}
+    assert made.apply(changes(Deleted(elder, 101))) == {elder, younger}
+    assert accepted(made) == {younger}
+
+
+def test_odd_subnets_of_ipv6_are_contested_too() -> None:
+    made = table(record6(key6(4, 62), 1, 5), record6(key6(5), 2, 6), config=BOTH, host=BOTH_HOST)
+    assert made.rejected == {key6(5): "the subnet overlaps fd00:5:0:4::/62, which fd11::1 has held for longer"}
+    made.apply(changes(Deleted(key6(4, 62), 101)))
+    assert accepted(made) == {key6(5)}
+    assert not made._odd
+
+
+def without_tunnel(backend: str, address: str | None = "172.30.0.1", **more: object) -> bytes:
+    fields = {"PublicIP": address or "0.0.0.0", "BackendType": backend, **more}
+    return json.dumps({name: content for name, content in fields.items() if content is not None}).encode()
+
+
+def network_of(backend: str) -> NetworkConfig:
+    return NetworkConfig.parse(b'{"Network":"10.0.0.0/16","Backend":{"Type":"%s"}}' % backend.encode())
+
+
+def test_host_of_a_backend_without_a_tunnel_may_have_several_subnets_and_no_mac() -> None:
+    value = without_tunnel("host-gw", BackendData=backend_data("nonsense"))
+    good = [Record(f"10.0.{n}.0-24", without_tunnel("host-gw"), 1, n, n) for n in (1, 2)]
+    bad = [
+        Record("10.0.3.0-24", value, 1, 3, 3),
+        Record("10.0.4.0-24", without_tunnel("host-gw", "172.30.0.200"), 1, 4, 4),
+        Record("10.0.5.0-24", without_tunnel("host-gw", None), 1, 5, 5),
+        Record("10.0.6.0-24", without_tunnel("host-gw", None, BackendData=backend_data("02:00:00:00:00:01")), 1, 6, 6),
+        Record("10.0.2.0-25", without_tunnel("host-gw", "172.30.0.9"), 1, 7, 7),
+    ]
+    made = table(*good, *bad, config=network_of("host-gw"))
+    assert accepted(made) == {"10.0.1.0-24", "10.0.2.0-24"}
+    assert dict(made.rejected) == {
+        "10.0.3.0-24": "BackendData.VtepMAC: 'nonsense' is not a MAC address",
+        "10.0.4.0-24": "PublicIP 172.30.0.200 is this host's own",
+        "10.0.5.0-24": "its underlay has no address of a family that this host's has",
+        "10.0.6.0-24": "its underlay has no address of a family that this host's has",
+        "10.0.2.0-25": "the subnet overlaps 10.0.2.0/24, which 172.30.0.1 has held for longer",
+    }
+
+
+def test_addresses_do_not_matter_where_subnets_are_only_handed_out() -> None:
+    records = [
+        Record("10.0.1.0-24", without_tunnel("alloc", "172.30.0.200"), 1, 1, 1),
+        Record("10.0.2.0-24", without_tunnel("alloc", None, BackendType=None), 1, 2, 2),
+        Record("10.0.2.0-25", without_tunnel("alloc", "10.0.0.1"), 1, 3, 3),
+        Record("10.0.3.0-24", without_tunnel("vxlan"), 1, 4, 4),
+    ]
+    made = table(*records, config=network_of("alloc"))
+    assert accepted(made) == {"10.0.1.0-24", "10.0.2.0-24"}
+    assert dict(made.rejected) == {
+        "10.0.2.0-25": "the subnet overlaps 10.0.2.0/24, which another host has held for longer",
+        "10.0.3.0-24": "the backend is 'vxlan', the network's is 'alloc'",
+    }
+
+
+@pytest.mark.parametrize("address", ["172.30.0.1", "10.0.0.1", "fd11::1", "2001:db8::1", "fc00::"])
+def test_possible_hosts_are(address: str) -> None:
+    assert possible_host(pack_address(address))
 
 
 # --- leases against each other ---
@@ -326,17 +541,41 @@ KEYS = [
     "10.0.1.0-24", "10.0.1.0-25", "10.0.1.128-25", "10.0.0.0-22", "10.0.2.0-23", "10.0.4.0-24", "10.0.5.0-24",
     "10.0.200.0-25", "10.0.129.0-24", HOST.key, "10.9.0.0-24", "nonsense",
 ]  # fmt: skip
+KEYS_OF_BOTH = [
+    "10.0.1.0-24&fd00:5:0:1::-64", "10.0.2.0-24&fd00:5:0:1::-64", "10.0.1.0-24&fd00:5:0:2::-64", key6(1), key6(0, 62),
+    "10.0.3.0-24&fd00:5:0:3::-64", "10.0.0.0-22&fd00:5:0:8::-64", "10.0.4.0-24&fd00:9::-64", key6(0xC8, 63),
+    BOTH_HOST.key, "10.9.0.0-24&fd00:5:0:4::-64",
+]  # fmt: skip
+Content = tuple[int, int, int, int] | bytes | None
 EVENTS = st.lists(
     st.tuples(
         st.sampled_from(KEYS),
-        st.one_of(st.none(), st.tuples(st.integers(1, 4), st.integers(1, 4)), st.just(b""), st.just(b'{"PublicIP":3}')),
+        st.one_of(
+            st.none(),
+            st.tuples(st.integers(1, 4), st.integers(1, 4), st.just(0), st.just(0)),
+            *map(st.just, (b"", b'{"PublicIP":3}')),
+        ),
+    ),
+    max_size=30,
+)
+EVENTS_OF_BOTH = st.lists(
+    st.tuples(
+        st.sampled_from([*KEYS, *KEYS_OF_BOTH]),
+        st.one_of(
+            st.none(),
+            st.tuples(st.integers(1, 3), st.integers(0, 3), st.integers(3, 5), st.integers(0, 3)),
+            st.just(b""),
+        ),
     ),
     max_size=30,
 )
 
 
-def records_of(events: list[tuple[str, tuple[int, int] | bytes | None]]) -> list[Record | Deleted]:
-    """The events as a store would tell them: revisions count up, a key keeps its create revision while it lives."""
+def records_of(events: list[tuple[str, Content]]) -> list[Record | Deleted]:
+    """The events as a store would tell them: revisions count up, a key keeps its create revision while it lives.
+
+    Numbers are those of MAC and address on the IPv4 underlay, then on the IPv6 one; 0 for an address it lacks.
+    """
     told: list[Record | Deleted] = []
     created: dict[str, int] = {}
     for revision, (key, content) in enumerate(events, start=1):
@@ -345,9 +584,15 @@ def records_of(events: list[tuple[str, tuple[int, int] | bytes | None]]) -> list
                 told.append(Deleted(key, revision))
             continue
         if isinstance(content, tuple):
-            mac, address = content
-            vtep = {"VNI": 1, "VtepMAC": f"02:00:00:00:00:{mac:02x}"}
-            content = value(address, BackendData=vtep)
+            mac, address, mac6, address6 = content
+            attrs = LeaseAttrs(None, "vxlan", None)
+            if address:
+                vtep = Vtep(1, b"\x02\0\0\0\0" + bytes([mac]))
+                attrs = attrs._replace(public_ip=pack_address(f"172.30.0.{address}"), vtep=vtep)
+            if address6:
+                vtep = Vtep(1, b"\x02\0\0\0\0" + bytes([mac6]))
+                attrs = attrs._replace(public_ip6=pack_address(f"fd11::{address6}"), vtep6=vtep)
+            content = encode_attrs(attrs)
         told.append(Record(key, content, 1, created.setdefault(key, revision), revision))
     return told
 
@@ -357,43 +602,66 @@ def in_the_end(events: list[Record | Deleted]) -> list[Record]:
     return [event for event in last.values() if isinstance(event, Record)]
 
 
-def believable(records: list[Record]) -> dict[str, Lease]:
+def endpoints(lease: Lease) -> list[tuple[bytes, bytes]]:
+    pairs = (lease.attrs.vtep, lease.attrs.public_ip), (lease.attrs.vtep6, lease.attrs.public_ip6)
+    return [(vtep.mac, address) for vtep, address in pairs if vtep is not None and address is not None]
+
+
+def believable(records: list[Record], config: NetworkConfig, host: Host) -> dict[str, Lease]:
     """What the rules say, worked out the long way: each lease compared with all its elders."""
     leases: dict[str, Lease] = {}
+    sizes = {len(block.base) for block in config.blocks}
     for each in records:
         try:
-            subnet, subnet6 = parse_subnet_key(each.key)
+            subnet, subnet6 = (
+                found if found is not None and len(found.base) in sizes else None
+                for found in parse_subnet_key(each.key)
+            )
             attrs = decode_attrs(each.value)
         except LeaseInvalid:
             continue
-        protected = (HOST.subnet, *HOST.links)
-        if each.key != HOST.key and CONFIG.block.covers(subnet) and not any(map(subnet.overlaps, protected)):
-            leases[each.key] = Lease(subnet, subnet6, attrs, 1, each.create_revision, each.mod_revision)
-
-    def mac(lease: Lease) -> bytes:
-        assert lease.attrs.vtep
-        return lease.attrs.vtep.mac
-
+        lease = Lease(subnet, subnet6, attrs, 1, each.create_revision, each.mod_revision)
+        inside = all(any(block.covers(found) for block in config.blocks) for found in lease.subnets)
+        free = not any(found.overlaps(kept) for found in lease.subnets for kept in (*host.subnets, *host.links))
+        pairs = endpoints(lease)
+        reached = {len(address) for _, address in pairs} & {len(address) for address in host.addresses}
+        one_to_one = len({mac for mac, _ in pairs}) == len(pairs)
+        if each.key != host.key and lease.subnets and inside and free and reached and one_to_one:
+            leases[each.key] = lease
     by_age = sorted(leases.items(), key=lambda item: (item[1].create_revision, item[0]))
     accepted: dict[str, Lease] = {}
     for number, (key, lease) in enumerate(by_age):
         so_far = [other for _, other in by_age[: number + 1]]
-        first_with_mac = next(other for other in so_far if mac(other) == mac(lease))
-        first_with_ip = next(other for other in so_far if other.attrs.public_ip == lease.attrs.public_ip)
-        honest = first_with_mac.attrs.public_ip == lease.attrs.public_ip and mac(first_with_ip) == mac(lease)
-        if honest and not any(other.subnet.overlaps(lease.subnet) for other in so_far[:-1]):
+
+        def first_says(pair: tuple[bytes, bytes], elders: list[Lease] = so_far) -> bool:
+            """Whether the eldest with this MAC, and the eldest with this address, have the other of the two as well."""
+            with_mac = next(other for other in elders if pair[0] in (mac for mac, _ in endpoints(other)))
+            with_address = next(other for other in elders if pair[1] in (address for _, address in endpoints(other)))
+            return pair in endpoints(with_mac) and pair in endpoints(with_address)
+
+        rivals = (held.overlaps(found) for other in so_far[:-1] for held in other.subnets for found in lease.subnets)
+        if all(map(first_says, endpoints(lease))) and not any(rivals):
             accepted[key] = lease
     return accepted
 
 
-@settings(max_examples=500)
-@given(events=EVENTS, sizes=st.lists(st.integers(1, 5), min_size=30, max_size=30), shuffled=st.randoms())
-def test_outcome_depends_on_the_records_alone(
-    events: list[tuple[str, tuple[int, int] | bytes | None]], sizes: list[int], shuffled: Random
+def test_nothing_is_forgotten_in_the_oracle() -> None:
+    """It knows nothing of lengths: no subnet here may span more blocks than a lease may."""
+    for key in (*KEYS, *KEYS_OF_BOTH):
+        try:
+            subnet, subnet6 = parse_subnet_key(key)
+        except LeaseInvalid:
+            continue
+        assert subnet is None or subnet.length >= 16
+        assert subnet6 is None or subnet6.length >= 56
+
+
+def check_outcome(
+    config: NetworkConfig, host: Host, events: list[tuple[str, Content]], sizes: list[int], shuffled: Random
 ) -> None:
     told = records_of(events)
     final = in_the_end(told)
-    step_by_step = LeaseTable(CONFIG, HOST)
+    step_by_step = LeaseTable(config, host)
     step_by_step.replace(Snapshot((), 0, CLUSTER))
     left = list(told)
     for size in sizes:
@@ -403,29 +671,58 @@ def test_outcome_depends_on_the_records_alone(
             changed = step_by_step.apply(changes(*batch))
             after = dict(step_by_step.peers())
             assert changed == {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
-    at_once = table()
+    at_once = table(config=config, host=host)
     shuffled.shuffle(final)
     at_once.replace(snapshot(*final, cluster=CLUSTER + 1))
-    assert dict(at_once.peers()) == dict(step_by_step.peers()) == believable(final)
+    expected = believable(final, config, host)
+    assert dict(at_once.peers()) == dict(step_by_step.peers()) == expected
     assert at_once.rejected.keys() == step_by_step.rejected.keys()
-    assert at_once.rejected.keys() == {each.key for each in final} - believable(final).keys() - {HOST.key}
+    assert at_once.rejected.keys() == {each.key for each in final} - expected.keys() - {host.key}
     assert at_once.rejected_count == len(at_once.rejected)
+    step_by_step.apply(changes(*(Deleted(each.key, 1000) for each in final), Deleted("none", 1000)))
+    assert not step_by_step._claims._holders and not step_by_step._odd
+
+
+SIZES = st.lists(st.integers(1, 5), min_size=30, max_size=30)
+
+
+@settings(max_examples=500)
+@given(events=EVENTS, sizes=SIZES, shuffled=st.randoms())
+def test_outcome_depends_on_the_records_alone(
+    events: list[tuple[str, Content]], sizes: list[int], shuffled: Random
+) -> None:
+    check_outcome(CONFIG, HOST, events, sizes, shuffled)
+
+
+def test_accepted_lease_is_withdrawn_when_an_elder_key_comes_to_name_its_subnet() -> None:
+    made = table(record6("10.0.1.0-24&fd00:5:0:1::-64", 1, 6), config=BOTH, host=BOTH_HOST)
+    made.apply(changes(Record("10.0.1.0-24", value(2), 1, 5, 101)))
+    assert accepted(made) == {"10.0.1.0-24"}
+
+
+@settings(max_examples=500)
+@given(events=EVENTS_OF_BOTH, sizes=SIZES, shuffled=st.randoms())
+def test_outcome_depends_on_the_records_alone_with_both_families(
+    events: list[tuple[str, Content]], sizes: list[int], shuffled: Random
+) -> None:
+    check_outcome(BOTH, BOTH_HOST, events, sizes, shuffled)
 
 
 @settings(max_examples=300)
-@given(events=EVENTS)
-def test_accepted_leases_never_collide(events: list[tuple[str, tuple[int, int] | bytes | None]]) -> None:
-    made = LeaseTable(CONFIG, HOST)
+@given(events=EVENTS_OF_BOTH)
+def test_accepted_leases_never_collide(events: list[tuple[str, Content]]) -> None:
+    made = LeaseTable(BOTH, BOTH_HOST)
     for event in records_of(events):
         made.apply(changes(event))
         leases = [lease for _, lease in made.peers()]
-        vteps = [lease.attrs.vtep for lease in leases if lease.attrs.vtep is not None]
-        pairs = {(vtep.mac, lease.attrs.public_ip) for vtep, lease in zip(vteps, leases, strict=True)}
+        pairs = {pair for lease in leases for pair in endpoints(lease)}
         assert len({mac for mac, _ in pairs}) == len({address for _, address in pairs}) == len(pairs)
+        protected = (*BOTH_HOST.subnets, *BOTH_HOST.links)
         for number, lease in enumerate(leases):
-            assert not any(lease.subnet.overlaps(other.subnet) for other in leases[:number])
-            assert not any(lease.subnet.overlaps(protected) for protected in (HOST.subnet, *HOST.links))
-            assert CONFIG.block.covers(lease.subnet)
+            others = [subnet for other in leases[:number] for subnet in other.subnets]
+            for subnet in lease.subnets:
+                assert not any(subnet.overlaps(other) for other in (*others, *protected))
+                assert any(block.covers(subnet) for block in BOTH.blocks)
 
 
 @settings(max_examples=500)
@@ -441,7 +738,9 @@ def test_accepted_leases_never_collide(events: list[tuple[str, tuple[int, int] |
                     lambda inner: st.one_of(
                         st.lists(inner, max_size=3),
                         st.dictionaries(
-                            st.sampled_from(["PublicIP", "BackendType", "BackendData", "VNI", "VtepMAC", "PublicIPv6"]),
+                            st.sampled_from(
+                                ["PublicIP", "BackendType", "BackendData", "VNI", "VtepMAC", "PublicIPv6", "MTU"]
+                            ),
                             st.one_of(inner, st.sampled_from(["vxlan", "172.30.0.1", "02:00:00:00:00:01", 1])),
                             max_size=6,
                         ),

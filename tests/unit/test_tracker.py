@@ -1,21 +1,25 @@
 """The tracker over a model kernel: whatever happens to either, the gap closes, in order, and nobody else is harmed."""
 
 import errno
+from dataclasses import replace
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from overlay.desired import Local, entries_for, ours
-from overlay.device import DeviceSpec
+from overlay.backends import V4, V6, Here, backend_of, ours
+from overlay.device import DeviceSpec, Underlay
 from overlay.model import (
     BUILD_ORDER,
     NEXTHOP_BASE,
+    PROTOCOL,
     PROTOCOL_BOOT,
     Drop,
     Entry,
     Fdb,
     Gone,
+    Guard,
     Neighbour,
     NextHop,
     Put,
@@ -23,34 +27,52 @@ from overlay.model import (
     Route,
 )
 from overlay.tracker import Drift, Tracker
-from subnet_lease.model import Lease, LeaseAttrs, Prefix, Vtep, pack_address
+from subnet_lease.model import Lease, LeaseAttrs, NetworkConfig, Prefix, Vtep, pack_address
 from tests.fake_dataplane import FakeKernel
 
-NETWORK = Prefix.parse("10.0.0.0/8")
-SPEC = DeviceSpec(
-    "flannel.1", 1, 8472, 2, pack_address("172.30.0.5"), b"\x02\0\0\0\0\xff", 1450, Prefix.parse("10.0.0.0/32")
+CONFIG = NetworkConfig.parse(
+    b'{"Network":"10.0.0.0/8","EnableIPv6":true,"IPv6Network":"fd00::/48","Backend":{"Type":"vxlan"}}'
 )
-DEVICE = 7
-"""The index that the model kernel gives its first device."""
+UNDERLAY = Underlay("eth0", 2, 1500, (pack_address("172.30.0.5"), pack_address("2001:db8::5")), (), (), "test")
+DEVICE, DEVICE6 = 7, 8
+"""The indexes that the model kernel gives its devices."""
+SPECS = tuple(
+    DeviceSpec(name, 1, 8472, 2, local, b"\2\0\0\0\0" + last, 1430, (Prefix.parse(address),))
+    for name, local, last, address in (
+        ("flannel.1", UNDERLAY.addresses[0], b"\xfe", "10.0.0.0/32"),
+        ("flannel-v6.1", UNDERLAY.addresses[1], b"\xff", "fd00::/128"),
+    )
+)
+HERE = replace(Here.of(CONFIG, UNDERLAY, 1430, nexthops=True, listed=True), tunnels={V4: DEVICE, V6: DEVICE6})
+PLAIN = replace(HERE, nexthops=None)
 
 
 def mac(host: int) -> bytes:
     return b"\x02\0\0\0\0" + bytes([host])
 
 
-def lease(subnet: int, host: int) -> Lease:
+def lease(subnet: int, host: int, *, mtu: int = 0, ipv4: bool = True, ipv6: bool = False) -> Lease:
     """Subnet number `subnet`, held by host number `host`."""
-    attrs = LeaseAttrs(pack_address(f"172.30.1.{host}"), "vxlan", Vtep(1, mac(host)))
-    return Lease(Prefix.parse(f"10.0.{subnet}.0/24"), None, attrs, 1, 1, 1)
+    attrs = LeaseAttrs(
+        pack_address(f"172.30.1.{host}"), "vxlan", Vtep(1, mac(host)),
+        pack_address(f"2001:db8::1:{host:x}"), Vtep(1, mac(host + 16)), mtu,
+    )  # fmt: skip
+    base, base6 = (Prefix.parse(text) for text in (f"10.0.{subnet}.0/24", f"fd00:0:0:{subnet:x}::/64"))
+    return Lease(base if ipv4 else None, base6 if ipv6 else None, attrs, 1, 1, 1)
 
 
-def peer(subnet: int, host: int | None = None, *, nexthops: bool = True) -> tuple[Entry, ...]:
-    """The entries of that lease, in build order."""
-    return entries_for(lease(subnet, subnet if host is None else host), Local(NETWORK, DEVICE, nexthops))
+def peer(
+    subnet: int, host: int | None = None, *, here: Here = HERE, mtu: int = 0, ipv4: bool = True, ipv6: bool = False
+) -> tuple[Entry, ...]:
+    """The entries of that lease: in build order, if it is of one address family."""
+    backend = backend_of(CONFIG)
+    assert backend is not None
+    own = subnet if host is None else host
+    return backend.entries(lease(subnet, own, mtu=mtu, ipv4=ipv4, ipv6=ipv6), here)
 
 
 def tracker() -> Tracker:
-    return Tracker(lambda entry: ours(entry, Local(NETWORK, DEVICE, True)))
+    return Tracker(lambda entry: ours(entry, HERE))
 
 
 def converged(*subnets: int) -> Tracker:
@@ -92,8 +114,8 @@ def test_departed_peer_is_dropped_in_reverse_order() -> None:
 def test_returning_peer_with_new_mac_gets_its_fdb_entry_first_and_loses_the_old_last() -> None:
     made = converged(1)
     made.want("1", peer(1, host=9))
-    fdb, neighbour, *_ = peer(1, host=9)
-    assert made.pending() == [Put(fdb), Put(neighbour), Drop(peer(1)[0])]
+    guard, fdb, neighbour, *_ = peer(1, host=9)
+    assert made.pending() == [Put(guard), Put(fdb), Put(neighbour), Drop(peer(1)[1]), Drop(peer(1)[0])]
 
 
 def test_wanting_the_same_again_writes_nothing() -> None:
@@ -114,9 +136,9 @@ def test_peer_that_leaves_before_it_was_written_is_never_written() -> None:
 def test_numbers_for_people_are_right() -> None:
     made = tracker()
     made.want("1", peer(1))
-    assert (made.wanted, made.gap, len(made.refused)) == (4, 4, 0)
+    assert (made.wanted, made.gap, len(made.refused)) == (5, 5, 0)
     made.settle([])
-    assert (made.wanted, made.gap) == (4, 0)
+    assert (made.wanted, made.gap) == (5, 0)
 
 
 # --- shared entries ---
@@ -127,12 +149,13 @@ def test_shared_entry_stays_until_the_last_owner_lets_go() -> None:
     for subnet in (1, 2, 3):
         made.want(str(subnet), peer(subnet, host=5))
     made.settle([])
-    fdb = peer(1, host=5)[0]
+    shared = peer(1, host=5)[:2]
+    assert [type(entry) for entry in shared] == [Guard, Fdb]
     made.want("1", ())
     made.want("2", ())
-    assert fdb not in [op.entry for op in made.pending()]
+    assert not set(shared) & {op.entry for op in made.pending()}
     made.want("3", ())
-    assert made.pending()[-1] == Drop(fdb)
+    assert made.pending()[-2:] == [Drop(entry) for entry in reversed(shared)]
     assert made.wanted == 0
 
 
@@ -142,7 +165,7 @@ def test_owner_may_change_all_but_what_it_shares() -> None:
     made.want("2", peer(2, host=5))
     made.settle([])
     made.want("1", peer(1, host=6))
-    assert {op.entry for op in made.pending()} == {*peer(1, host=6)[:2]}
+    assert {op.entry for op in made.pending()} == {*peer(1, host=6)[:3]}
 
 
 # --- refusals ---
@@ -152,11 +175,11 @@ def test_refused_entry_stays_pending_and_stops_nothing_else() -> None:
     made = tracker()
     made.want("1", peer(1))
     made.want("2", peer(2))
-    bad = peer(1)[3]
-    refusal = Refusal(Put(bad), errno.EINVAL)
-    made.settle([refusal])
-    assert made.refused == {bad[0]: refusal}
-    assert made.pending() == [Put(bad)]
+    hop, route = peer(1)[3:]
+    refusals = [Refusal(Put(bad), errno.EINVAL) for bad in (hop, route)]
+    made.settle(refusals)
+    assert made.refused == {hop[0]: refusals[0], route[0]: refusals[1]}
+    assert made.pending() == [Put(hop), Put(route, afresh=True)], "something unseen may be in a route's way"
     made.settle([])
     assert (dict(made.refused), made.gap) == ({}, 0)
 
@@ -181,7 +204,7 @@ def test_dump_forgets_refusals_and_keeps_the_gap() -> None:
     made.want("1", peer(1))
     made.settle(all_refused(made, errno.EINVAL))
     made.saw_all([])
-    assert (dict(made.refused), made.gap) == ({}, 4)
+    assert (dict(made.refused), made.gap) == ({}, 5)
 
 
 # --- drift ---
@@ -226,11 +249,11 @@ def test_route_moved_to_another_nexthop_outlives_the_one_it_stood_on() -> None:
 
 
 def test_altered_entries_are_drift_and_put_again() -> None:
-    fdb, neighbour, hop, route = peer(1)
+    _, fdb, neighbour, hop, route = peer(1)
     assert isinstance(neighbour, Neighbour) and isinstance(hop, NextHop)
     for entry, altered in (
-        (neighbour, Neighbour(neighbour.address, mac(8))),
-        (neighbour, Neighbour(neighbour.address, neighbour.mac, 4)),
+        (neighbour, Neighbour(neighbour.at, mac(8))),
+        (neighbour, Neighbour(neighbour.at, neighbour.mac, 4)),
         (hop, NextHop(hop.id, pack_address("10.0.8.0"), DEVICE)),
         (route, Route(Prefix.parse("10.0.1.0/24"), nexthop=hop.id + 256)),
     ):
@@ -238,31 +261,64 @@ def test_altered_entries_are_drift_and_put_again() -> None:
         assert made.saw([altered]) == [Drift(entry, altered)]
         assert made.pending() == [Put(entry)]
     made = converged(1)
-    assert made.saw([Fdb(mac(1), pack_address("172.30.9.9"))]) == [Drift(fdb, Fdb(mac(1), b""))]
+    at = DEVICE, mac(1)
+    assert made.saw([Fdb(at, pack_address("172.30.9.9"))]) == [Drift(fdb, Fdb(at, b""))]
     assert made.pending() == [Put(fdb, afresh=True)]
 
 
-def test_strangers_route_and_one_with_metrics_are_removed_before_ours_is_put() -> None:
-    route = peer(1)[3]
-    for altered in (
-        Route(Prefix.parse("10.0.1.0/24"), gateway=b"\x0a\0\0\x01", device=3, protocol=PROTOCOL_BOOT),
-        Route(Prefix.parse("10.0.1.0/24"), device=DEVICE),
-    ):
-        made = converged(1)
-        made.saw([altered])
-        assert made.pending() == [Put(route, afresh=True)]
+HOP = NEXTHOP_BASE + 256
+SUBNET, SUBNET6 = Prefix.parse("10.0.1.0/24"), Prefix.parse("fd00:0:0:1::/64")
+FOREIGN = b"\x0a\0\0\x01"
+
+
+@pytest.mark.parametrize(
+    ("found", "mtu", "afresh"),
+    [
+        (Route(SUBNET, HOP + 256), 0, False),
+        (Route(SUBNET, gateway=SUBNET.base, device=DEVICE), 0, False),
+        (Route(SUBNET, HOP), 1400, False),
+        (Route(SUBNET, HOP, mtu=1300), 1400, False),
+        (Route(SUBNET, HOP, mtu=1400), 0, True),
+        (Route(SUBNET, device=DEVICE), 0, True),
+        (Route(SUBNET, gateway=FOREIGN, device=3, protocol=PROTOCOL_BOOT), 0, True),
+        (Route(SUBNET6, gateway=SUBNET6.base, device=DEVICE6, protocol=PROTOCOL_BOOT), 0, False),
+        (Route(SUBNET6, gateway=SUBNET6.base, device=DEVICE6, mtu=1400), 0, False),
+        (Route(SUBNET6, gateway=SUBNET6.base, device=DEVICE6), 1400, False),
+        (Route(SUBNET6, gateway=SUBNET6.base, device=DEVICE), 0, True),
+        (Route(SUBNET6, protocol=PROTOCOL_BOOT), 0, True),
+    ],
+    ids=[
+        "another nexthop", "a plain gateway", "MTU added", "MTU changed", "MTU removed", "metrics", "a stranger's",
+        "flanneld's of IPv6", "MTU removed of IPv6", "MTU added of IPv6", "IPv6 by another device",
+        "IPv6 with several gateways",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("at_start", [True, False])
+def test_route_is_replaced_in_place_where_the_kernel_does_that_and_removed_first_where_not(
+    found: Route, mtu: int, afresh: bool, at_start: bool
+) -> None:
+    ipv6 = len(found.destination.base) == 16
+    wanted = peer(1, mtu=mtu, ipv4=not ipv6, ipv6=ipv6)
+    made = tracker()
+    made.want("1", wanted)
+    if at_start:
+        made.saw_all([*wanted[:-1], found])
+    else:
+        made.settle([])
+        assert made.saw([found]) == [Drift(wanted[-1], found)]
+    assert made.pending() == [Put(wanted[-1], afresh)]
 
 
 def test_our_own_plain_route_is_replaced_in_place() -> None:
     made = tracker()
-    made.saw_all([peer(1, nexthops=False)[2]])
+    made.saw_all([peer(1, here=PLAIN)[-1]])
     made.want("1", peer(1))
-    assert made.pending()[-1] == Put(peer(1)[3])
+    assert made.pending()[-1] == Put(peer(1)[-1])
 
 
 def test_drift_is_reported_once() -> None:
     made = converged(1)
-    neighbour = peer(1)[1]
+    neighbour = peer(1)[2]
     assert made.saw([Gone(neighbour)]) == [Drift(neighbour, None)]
     assert made.saw([Gone(neighbour)]) == []
     assert made.saw_all([entry for entry in peer(1) if entry != neighbour]) == []
@@ -271,7 +327,7 @@ def test_drift_is_reported_once() -> None:
 def test_echo_of_what_we_wrote_is_no_drift() -> None:
     made = converged(1)
     assert made.saw(peer(1)) == []
-    assert made.saw([Gone(peer(1)[0]), peer(1)[0]]) == [], "made afresh: the last sight counts"
+    assert made.saw([Gone(peer(1)[1]), peer(1)[1]]) == [], "made afresh: the last sight counts"
     made.want("1", ())
     made.settle([])
     assert made.saw([Gone(entry) for entry in peer(1)]) == []
@@ -280,14 +336,19 @@ def test_echo_of_what_we_wrote_is_no_drift() -> None:
 
 def test_entry_of_a_stranger_on_our_device_is_removed_if_it_bears_our_mark() -> None:
     made = converged(1)
-    assert made.saw([Fdb(mac(9), pack_address("172.30.9.9")), Neighbour(pack_address("10.0.9.0"), mac(9))]) == []
-    assert [type(op) for op in made.pending()] == [Drop, Drop]
+    strange = [
+        Guard(pack_address("172.30.9.9")),
+        Fdb((DEVICE, mac(9)), pack_address("172.30.9.9")),
+        Neighbour((DEVICE, pack_address("10.0.9.0")), mac(9)),
+    ]
+    assert made.saw(strange) == []
+    assert [(type(op), op.entry[0]) for op in made.pending()] == [(Drop, entry[0]) for entry in reversed(strange)]
 
 
 def test_entries_without_our_mark_are_not_remembered() -> None:
     made = converged(1)
     strange: list[Entry] = [
-        Neighbour(pack_address("10.0.9.0"), mac(9), 2),
+        Neighbour((DEVICE, pack_address("10.0.9.0")), mac(9), 2),
         NextHop(5, pack_address("10.0.9.0"), DEVICE),
         Route(Prefix.parse("192.0.2.0/24"), gateway=b"\x0a\0\0\x01", device=3, protocol=4),
     ]
@@ -298,9 +359,9 @@ def test_entries_without_our_mark_are_not_remembered() -> None:
 
 def test_entry_that_loses_our_mark_is_not_ours_any_more() -> None:
     made = tracker()
-    made.saw([Neighbour(pack_address("10.0.9.0"), mac(9))])
+    made.saw([Neighbour((DEVICE, pack_address("10.0.9.0")), mac(9))])
     assert made.gap == 1
-    made.saw([Neighbour(pack_address("10.0.9.0"), mac(9), 4)])
+    made.saw([Neighbour((DEVICE, pack_address("10.0.9.0")), mac(9), 4)])
     assert (made.gap, made.pending()) == (0, [])
 
 
@@ -316,7 +377,7 @@ def test_dump_that_shows_what_is_wanted_leaves_nothing_to_do() -> None:
 
 def test_dump_reports_what_is_not_as_it_was_left() -> None:
     made = converged(1, 2)
-    fdb, _, _, route = peer(1)
+    _, fdb, _, _, route = peer(1)
     there = [entry for entry in (*peer(1), *peer(2)) if entry not in (fdb, route)]
     other = Route(Prefix.parse("10.0.1.0/24"), gateway=b"\x0a\0\1\0", device=DEVICE, protocol=PROTOCOL_BOOT)
     assert made.saw_all([*there, other]) == [Drift(fdb, None), Drift(route, other)]
@@ -325,17 +386,17 @@ def test_dump_reports_what_is_not_as_it_was_left() -> None:
 
 def test_dump_with_two_remotes_for_a_mac_calls_for_the_entry_afresh() -> None:
     made = converged(1)
-    fdb = peer(1)[0]
-    made.saw_all([*peer(1), Fdb(mac(1), pack_address("172.30.9.9"))])
+    fdb = peer(1)[1]
+    made.saw_all([*peer(1), Fdb((DEVICE, mac(1)), pack_address("172.30.9.9"))])
     assert made.pending() == [Put(fdb, afresh=True)]
 
 
 def test_of_two_routes_to_one_destination_the_first_in_a_dump_is_in_force() -> None:
-    route = peer(1)[3]
+    route = peer(1)[4]
     other = Route(Prefix.parse("10.0.1.0/24"), gateway=b"\x0a\0\1\0", device=DEVICE, protocol=PROTOCOL_BOOT)
     made = converged(1)
     assert made.saw_all([*peer(1), other]) == []
-    assert made.saw_all([*peer(1)[:3], other, route]) == [Drift(route, other)]
+    assert made.saw_all([*peer(1)[:4], other, route]) == [Drift(route, other)]
 
 
 def test_restart_drops_what_is_ours_and_nobody_wants_any_more() -> None:
@@ -347,6 +408,18 @@ def test_restart_drops_what_is_ours_and_nobody_wants_any_more() -> None:
     assert all(isinstance(op, Drop) for op in made.pending())
 
 
+def test_entries_of_both_families_and_devices_are_told_apart() -> None:
+    made = tracker()
+    both = peer(1, ipv6=True)
+    made.want("1", both)
+    kinds = [Guard, Guard, Fdb, Fdb, Neighbour, Neighbour, NextHop, Route, Route]
+    assert [type(op.entry) for op in made.pending()] == kinds
+    assert {op.entry.at[0] for op in made.pending() if isinstance(op.entry, Fdb | Neighbour)} == {DEVICE, DEVICE6}
+    made.settle([])
+    made.want("1", peer(1))
+    assert {op.entry for op in made.pending()} == set(both) - set(peer(1))
+
+
 # --- any sequence of events ---
 
 SUBNETS = st.integers(1, 4)
@@ -356,16 +429,21 @@ HOSTS = st.integers(1, 3)
 def strange_entries() -> st.SearchStrategy[Entry]:
     """What other programs write: under keys of ours or beside them."""
     gateway = st.sampled_from([b"\x0a\0\x01\0", b"\x0a\0\x07\0"])
-    destination = st.integers(1, 6).map(lambda number: Prefix.parse(f"10.0.{number}.0/24"))
-    hop_ids = st.integers(1, 6).map(lambda number: NEXTHOP_BASE + 256 * number)
+    numbers = st.integers(1, 6)
+    destination = numbers.map(lambda number: lease(number, 1).subnets[0])
+    destination6 = numbers.map(lambda number: lease(number, 1, ipv4=False, ipv6=True).subnets[0])
+    hop_ids = numbers.map(lambda number: NEXTHOP_BASE + 256 * number)
+    devices = st.sampled_from([DEVICE, DEVICE6])
+    protocols = st.sampled_from([3, 4, PROTOCOL])
+    address = st.one_of(destination, destination6).map(lambda prefix: prefix.base)
     return st.one_of(
-        st.builds(Fdb, HOSTS.map(mac), st.sampled_from([b"\xac\x1e\x01\x01", b"\xac\x1e\x09\x09"])),
-        st.builds(Neighbour, destination.map(lambda p: p.base), HOSTS.map(mac), st.sampled_from([0x80, 0x40, 4])),
-        st.builds(NextHop, st.one_of(hop_ids, st.just(5)), gateway, st.just(DEVICE), st.sampled_from([0, 111])),
-        st.builds(Route, destination, hop_ids, protocol=st.sampled_from([3, 4, 111])),
-        st.builds(
-            Route, destination, st.just(0), gateway, st.just(DEVICE), st.sampled_from([3, 4, 111]), st.sampled_from([1])
-        ),
+        st.builds(Guard, st.sampled_from([b"\xac\x1e\x01\x01", b"\xac\x1e\x09\x09"])),
+        st.builds(Fdb, st.tuples(devices, HOSTS.map(mac)), st.sampled_from([b"\xac\x1e\x01\x01", b"\xac\x1e\x09\x09"])),
+        st.builds(Neighbour, st.tuples(devices, address), HOSTS.map(mac), st.sampled_from([0x80, 0x40, 4])),
+        st.builds(NextHop, st.one_of(hop_ids, st.just(5)), gateway, st.just(DEVICE), st.sampled_from([0, PROTOCOL])),
+        st.builds(Route, destination, hop_ids, protocol=protocols, mtu=st.sampled_from([0, 1300])),
+        st.builds(Route, destination, st.just(0), gateway, st.just(DEVICE), protocols),
+        st.builds(Route, destination6, st.just(0), st.just(bytes(15) + b"\1"), devices, protocols),
     )
 
 
@@ -375,17 +453,16 @@ class TrackerOverKernel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.kernel = FakeKernel(capacity=9)
-        self.kernel.ensure_device(SPEC)
-        assert self.kernel.device == DEVICE
-        self.local = Local(NETWORK, DEVICE, True)
-        self.tracker = Tracker(lambda entry: ours(entry, self.local))
+        self.kernel.ensure_devices(SPECS, UNDERLAY.index)
+        assert self.kernel.tunnels == HERE.tunnels
+        self.tracker = tracker()
         self.wanted: dict[str, tuple[Entry, ...]] = {}
 
     # What we want.
 
-    @rule(subnet=SUBNETS, host=HOSTS)
-    def lease_comes_or_changes(self, subnet: int, host: int) -> None:
-        self.wanted[str(subnet)] = entries = peer(subnet, host)
+    @rule(subnet=SUBNETS, host=HOSTS, ipv6=st.booleans(), mtu=st.sampled_from([0, 1300, 1400]))
+    def lease_comes_or_changes(self, subnet: int, host: int, ipv6: bool, mtu: int) -> None:
+        self.wanted[str(subnet)] = entries = peer(subnet, host, ipv6=ipv6, mtu=mtu)
         self.tracker.want(str(subnet), entries)
 
     @rule(subnet=SUBNETS)
@@ -409,9 +486,9 @@ class TrackerOverKernel(RuleBasedStateMachine):
         there = sorted(self.kernel.entries(), key=repr)
         self.kernel.stranger.apply([Drop(data.draw(st.sampled_from(there)))])
 
-    @rule()
-    def link_goes_down(self) -> None:
-        self.kernel.set_down()
+    @rule(spec=st.sampled_from(SPECS))
+    def link_goes_down(self, spec: DeviceSpec) -> None:
+        self.kernel.set_down(spec.name)
 
     @rule(data=st.data())
     def kernel_refuses(self, data: st.DataObject) -> None:
@@ -439,7 +516,7 @@ class TrackerOverKernel(RuleBasedStateMachine):
     @rule()
     def first_look_of_a_restarted_agent(self) -> None:
         self.kernel.observe()
-        self.tracker = Tracker(lambda entry: ours(entry, self.local))
+        self.tracker = tracker()
         for owner, entries in self.wanted.items():
             self.tracker.want(owner, entries)
         self.dump()
@@ -465,7 +542,7 @@ class TrackerOverKernel(RuleBasedStateMachine):
             self.dump()
 
     def dump(self) -> list[Drift]:
-        self.kernel.ensure_device(SPEC)
+        self.kernel.ensure_devices(SPECS, UNDERLAY.index)
         return self.tracker.saw_all(self.kernel.dump(True))
 
     def write(self) -> None:
@@ -482,14 +559,14 @@ class TrackerOverKernel(RuleBasedStateMachine):
                 assert op.entry == wanted[op.entry[0]]
             else:
                 assert op.entry[0] not in wanted
-                assert ours(op.entry, self.local), "what does not bear our mark is nobody's to remove"
+                assert ours(op.entry, HERE), "what does not bear our mark is nobody's to remove"
         self.tracker.settle(self.kernel.apply(ops))
 
     def assert_kernel_is_right(self) -> None:
         wanted = {entry[0]: entry for entries in self.wanted.values() for entry in entries}
         there = {entry[0]: entry for entry in self.kernel.entries()}
         assert {key: there.get(key) for key in wanted} == wanted
-        assert not [entry for key, entry in there.items() if key not in wanted and ours(entry, self.local)]
+        assert not [entry for key, entry in there.items() if key not in wanted and ours(entry, HERE)]
 
     @invariant()
     def numbers_agree(self) -> None:

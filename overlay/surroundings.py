@@ -1,0 +1,107 @@
+"""What the devices need around them: kernel settings, and the firewall.
+
+Owns when each of it is seen to, and what the operator hears of it: what was changed, and what is refused. A refusal is
+said once, until it is another or was mended.
+"""
+
+from collections.abc import Callable, Iterator
+from time import monotonic
+from typing import Any
+
+from overlay import firewall, iptables, nft, sysctl
+from overlay.firewall import Rules
+from overlay.reconciler import Plan
+from overlay.sysctl import Absent, Change, Ledger, Refused
+
+LOOK_S = 5.0
+"""Seconds between two looks at the tables of iptables-legacy, which announce no changes; each costs 0.3 ms."""
+
+
+class Surroundings:
+    """For the reconciler: `prepare` before any entry is written, `protect` once all are in place; `look_around` then.
+
+    `rules_for` gives the firewall rules that a plan calls for. `nftables` None: this host has no nftables, and no use
+    for any. What is changed of the kernel's settings goes into `ledger`, for `cleanup` to put back.
+    """
+
+    def __init__(
+        self,
+        rules_for: Callable[[Plan], Rules],
+        nftables: nft.Nftables | None,
+        ledger: Ledger | None,
+        log: Any,
+    ) -> None:
+        self._rules_for = rules_for
+        self._nftables = nftables
+        self._ledger = ledger
+        self._log = log
+        self._said: set[str] = set()
+        self._legacy = iptables.legacy_shape()
+        self._looked = monotonic()
+
+    # --- kernel settings ---
+
+    def prepare(self, plan: Plan) -> None:
+        """Kernel settings, and the sets that entries of the firewall go into."""
+        for outcome in self._settings(plan):
+            match outcome:
+                case Change():
+                    self._log.info("sysctl_set", name=outcome.name, before=outcome.before, after=outcome.after)
+                case Refused():
+                    self._once("sysctl_refused", name=outcome.name, reason=outcome.reason, remedy=outcome.remedy)
+        if self._ledger and self._ledger.problem:
+            self._once("ledger_refused", reason=self._ledger.problem, effect="cleanup will not put settings back")
+        self._load(firewall.preparation(self._rules_for(plan)))
+
+    def _settings(self, plan: Plan) -> Iterator[Change | Refused | Absent | None]:
+        families = {len(subnet.base) for subnet in plan.subnets}
+        if 4 in families:
+            yield sysctl.enable_forwarding(ledger=self._ledger)
+        if 16 in families:
+            yield from sysctl.enable_ipv6_forwarding(plan.underlay, ledger=self._ledger)
+        if any(len(spec.local) == 16 and len(address.base) == 4 for spec in plan.devices for address in spec.addresses):
+            yield sysctl.honour_path_mtu(ledger=self._ledger)
+        for spec in plan.devices:
+            yield sysctl.ignore_router_advertisements(spec.name)
+            if 4 in families:
+                yield sysctl.loosen_reverse_path(spec.name)
+
+    # --- the firewall ---
+
+    def disturbed(self) -> bool:
+        """Whether somebody changed what announces no changes; cheap enough to be asked before every pass."""
+        if monotonic() < self._looked + LOOK_S:
+            return False
+        self._looked = monotonic()
+        return iptables.legacy_shape() != self._legacy
+
+    def protect(self, plan: Plan) -> None:
+        """The rules themselves, which would keep out what is not in the sets yet; and the way through others' rules."""
+        rules = self._rules_for(plan)
+        self._load(firewall.ruleset(rules))
+        versions = self._nftables.forward_versions() if self._nftables else ()
+        for outcome in iptables.ensure(rules.blocks, versions):
+            if outcome.error:
+                self._once("forward_refused", program=outcome.program, reason=outcome.error)
+            else:
+                self._log.info("forward_accepted", program=outcome.program, blocks=list(map(str, rules.blocks)))
+        self._legacy = iptables.legacy_shape()
+
+    def look_around(self, plan: Plan) -> None:
+        """What may be in the way and is not ours to change. Costs some processes; nothing waits for it."""
+        for finding in nft.findings(self._rules_for(plan).blocks):
+            self._once("forward_may_drop", what=finding.what, remedy=finding.remedy)
+
+    def _load(self, ruleset: str) -> None:
+        if self._nftables is None:
+            return
+        try:
+            self._nftables.apply(ruleset)
+        except nft.NftFailed as error:
+            self._once("firewall_refused", reason=str(error))
+
+    def _once(self, event: str, **facts: object) -> None:
+        key = f"{event} {facts}"
+        if key not in self._said:
+            self._said.add(key)
+            self._log.error(event, **facts)
