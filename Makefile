@@ -44,9 +44,10 @@ types: .venv/dev.stamp ## mypy --strict
 	$(BIN)/mypy
 
 bench: PROGRAMS += iperf3:iperf3
-bench: root system .venv-bench/run.stamp ## measure all that docs/benchmarks.md and docs/scale.md say; needs root
+bench: root system .venv-bench/run.stamp ## measure all that docs/benchmarks.md, docs/scale.md and docs/network.md say; needs root
 	.venv-bench/bin/python -m tests.bench \
-	  --json docs/benchmarks.json --markdown docs/benchmarks.md --scale docs/scale.md
+	  --json docs/benchmarks.json --markdown docs/benchmarks.md --scale docs/scale.md \
+	  --network docs/network.md
 
 soak: PROGRAMS += etcdctl:etcd-client
 soak: root system .venv/dev.stamp ## random faults for MINUTES (10), under pings that may not be lost; needs root

@@ -20,7 +20,7 @@ import structlog
 from overlay.backends import Backend, Here, backend_of, ours
 from overlay.device import DeviceSpec, Underlay, overlay_mtu
 from overlay.kernel import DeviceOccupied, KernelRefused
-from overlay.model import Entry, Op, Put, Refusal, Seen
+from overlay.model import Entry, Guard, NextHop, Op, Put, Refusal, Route, Seen
 from overlay.tracker import Drift, Tracker
 from subnet_lease.model import Lease, NetworkConfig, Prefix
 from subnet_lease.store import Changes, Snapshot
@@ -33,6 +33,10 @@ RETRY_MOST = 10.0
 LINGER = 60.0
 """Seconds for which peers are kept that a store does not have any more since it was restored or replaced: longer than
 their agents take to notice it and to write their leases again."""
+
+FOLLOW = 60.0
+"""Seconds for which hosts of another backend or VNI are reached as they were before: longer than it takes to restart
+all agents after such a change."""
 
 HEARTBEAT = 5.0
 """Seconds after which a pass runs although nothing happened, as a sign of life."""
@@ -148,7 +152,7 @@ class Reconciler:
         self._nexthops = nexthops and kernel.has_nexthops()
         self._log = structlog.get_logger("reconciler")
         self._mailbox: deque[Fact] = deque()
-        self._tracker = Tracker(lambda entry: ours(entry, self._here))
+        self._tracker = Tracker(lambda entry: ours(entry, self._here) and not self._keeps(entry))
         self._unreachable: set[str] = set()
         self._plan = Plan((), (), "", 0)
         self._placed = False
@@ -165,6 +169,11 @@ class Reconciler:
         self._replan()
         self._retry = 0.0
         self._let_go_at: float | None = None
+        self._follow_by: float | None = None
+        """Up to when hosts of another backend or VNI are waited for; `_awaiting` until then."""
+        self._awaiting = False
+        self._strays = False
+        """Whether there may be devices of ours that the plan does not call for."""
         self._drift = 0
         self.state = State()
 
@@ -289,6 +298,30 @@ class Reconciler:
                 "store_went_back", peers_kept=self._table.lingering, effect=f"kept for {LINGER:g} s unless they return"
             )
 
+    def _keeps(self, entry: Entry) -> bool:
+        """Whether it reaches a host that has not followed a change of the network yet, or that we have not."""
+        behind = self._table.behind if self._awaiting else ()
+        match entry:
+            case Route():
+                return entry.destination in behind
+            case NextHop() if self._config.network is not None and self._here.nexthops is not None:
+                first = (entry.id - self._here.nexthops).to_bytes(4, "big")
+                return Prefix(first, self._config.subnet_len) in behind
+            case Guard():
+                return entry.address in behind
+        return False
+
+    def _await_followers(self) -> None:
+        """While hosts have another backend or VNI, leave what reaches them as it is, and let go when it takes long."""
+        now = self._clock()
+        if not self._table.behind:
+            self._follow_by = None
+        elif self._follow_by is None:
+            self._follow_by = now + FOLLOW
+        before, self._awaiting = self._awaiting, self._follow_by is not None and now < self._follow_by
+        # What was not ours to remove now is, or the other way round.
+        self._doubt = self._doubt or before != self._awaiting
+
     def _let_go(self) -> None:
         """Withdraw the peers that were kept and did not return, when it is time."""
         if self._let_go_at is not None and (not self._table.lingering or self._clock() >= self._let_go_at):
@@ -312,6 +345,7 @@ class Reconciler:
     def _pass(self) -> None:
         started = self._clock()
         self._let_go()
+        self._await_followers()
         seen = self._kernel.observe()
         drifts = self._tracker.saw(seen.sights)
         if seen.lost:
@@ -333,6 +367,9 @@ class Reconciler:
         if self._complete and not self._announced:
             self._announced = True
             self._on_ready(self._plan)
+            self._strays = True
+        if self._announced and self._strays and not self._awaiting:
+            self._strays = False
             self._remove_strays()
         self._publish("")
 

@@ -57,6 +57,18 @@ def possible_host(address: bytes) -> bool:
     return not multicast and not link_local and address[:12] not in _IPV4_FORMS
 
 
+class _Behind(LeaseInvalid):
+    """The lease is of another backend or VNI than the network now has: its host has yet to follow, or has gone ahead.
+
+    `claims` are its subnets and underlay addresses.
+    """
+
+    def __init__(self, reason: str, lease: Lease) -> None:
+        super().__init__(reason)
+        addresses = filter(None, (lease.attrs.public_ip, lease.attrs.public_ip6))
+        self.claims: tuple[Prefix | bytes, ...] = (*lease.subnets, *addresses)
+
+
 YOUNGEST = 1 << 63
 """A create revision beyond any of etcd's."""
 
@@ -109,6 +121,8 @@ class LeaseTable:
         self._has_ipv4, self._has_ipv6 = 4 in sizes, 16 in sizes
         self._valid: dict[str, Lease] = {}
         self._invalid: dict[str, str] = {}
+        self._behind: dict[str, tuple[Prefix | bytes, ...]] = {}
+        self._claimed_behind: set[Prefix | bytes] = set()
         self._contested: set[str] = set()
         self._lingering: set[str] = set()
         self._claims = Claims()
@@ -153,6 +167,11 @@ class LeaseTable:
         """
         return len(self._lingering)
 
+    @property
+    def behind(self) -> Set[Prefix | bytes]:
+        """Subnets and underlay addresses of those who have another backend or VNI: we follow them, or they us."""
+        return self._claimed_behind
+
     def _apply(
         self, events: "Iterable[Record | Deleted | _Lingers]", revision: int, continuous: bool = True
     ) -> Set[str]:
@@ -187,6 +206,7 @@ class LeaseTable:
 
     def _remove(self, key: str, touched: dict[Claim, Age | None]) -> None:
         self._invalid.pop(key, None)
+        self._claimed_behind.difference_update(self._behind.pop(key, ()))
         self._contested.discard(key)
         self._lingering.discard(key)
         lease = self._valid.pop(key, None)
@@ -208,6 +228,9 @@ class LeaseTable:
             lease = self._decode(record)
         except LeaseInvalid as reason:
             self._invalid[record.key] = str(reason)
+            if isinstance(reason, _Behind):
+                self._behind[record.key] = reason.claims
+                self._claimed_behind.update(reason.claims)
             return False
         return self._insert(record.key, lease, touched)
 
@@ -242,11 +265,12 @@ class LeaseTable:
             raise LeaseInvalid(
                 f"it has no subnet in {format_subnets(each.network for each in self._families.values())}"
             )
-        reason = (
-            (self._subnet_objection(subnet) if subnet is not None else None)
-            or (self._subnet_objection(subnet6) if subnet6 is not None else None)
-            or self._attrs_objection(attrs)
+        reason = (self._subnet_objection(subnet) if subnet is not None else None) or (
+            self._subnet_objection(subnet6) if subnet6 is not None else None
         )
+        if reason is None and (other := self._other_network(attrs)):
+            raise _Behind(other, lease)
+        reason = reason or self._attrs_objection(attrs)
         if reason:
             raise LeaseInvalid(reason)
         return lease
@@ -265,12 +289,19 @@ class LeaseTable:
                 return f"the subnet overlaps {link}, which a link of this host uses"
         return None
 
-    def _attrs_objection(self, attrs: LeaseAttrs) -> str | None:
+    def _other_network(self, attrs: LeaseAttrs) -> str | None:
+        """In what the lease differs from the configuration that all hosts come to share."""
         backend = self._backend.type
-        public_ip, backend_type, vtep, public_ip6, vtep6, _, _ = attrs
-        if backend_type != backend and (backend != "alloc" or backend_type):
-            return f"the backend is {backend_type[:32]!r}, the network's is {backend!r}"
-        if backend == "alloc":
+        if attrs.backend_type != backend and (backend != "alloc" or attrs.backend_type):
+            return f"the backend is {attrs.backend_type[:32]!r}, the network's is {backend!r}"
+        for vtep in (attrs.vtep, attrs.vtep6) if self._tunnel else ():
+            if vtep is not None and vtep.vni != self._backend.vni:
+                return f"the VNI is {vtep.vni}, the network's is {self._backend.vni}"
+        return None
+
+    def _attrs_objection(self, attrs: LeaseAttrs) -> str | None:
+        public_ip, _, vtep, public_ip6, vtep6, _, _ = attrs
+        if self._backend.type == "alloc":
             return None
         reason = None
         if public_ip is not None or vtep is not None:
@@ -289,9 +320,7 @@ class LeaseTable:
         if self._tunnel:
             if vtep is None:
                 return f"{data} has no VtepMAC"
-            vni, mac = vtep
-            if vni != self._backend.vni:
-                return f"the VNI is {vni}, the network's is {self._backend.vni}"
+            mac = vtep.mac
             if not is_device_mac(mac):
                 return f"VtepMAC {format_mac(mac)} is not the address of one device"
             if mac in host.macs:

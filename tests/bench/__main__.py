@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.bench import moves
 from tests.bench.report import FULL, Figures, render
 from tests.bench.run import SCENARIOS, Refused, measured, merge, refuse_other_machine, run
 from tests.bench.testbed import Options
@@ -45,6 +46,7 @@ def main() -> int:
     parser.add_argument(
         "--scale", type=Path, metavar="FILE", help="renew the tables of this document of the projection"
     )
+    parser.add_argument("--network", type=Path, metavar="FILE", help="renew the tables of gaps of this document")
     parser.add_argument("--render", type=Path, metavar="FILE", help="make the document from the figures in this file")
     arguments = parser.parse_args()
     try:
@@ -62,6 +64,8 @@ def main() -> int:
         from tests.bench.cluster import write_tables
 
         write_tables(arguments.scale, figures.whole("cluster"))
+    if arguments.network and "moves" in result["runs"]:
+        moves.write_tables(arguments.network, figures.whole("moves"))
     for line in figures.missed:
         print(f"not met: {line}", file=sys.stderr)
     for line in figures.failed:

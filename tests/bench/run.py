@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import structlog
 
-from tests.bench import bursts, changes, churn, drift, idle, machine, restart, start, throughput
+from tests.bench import bursts, changes, churn, drift, idle, machine, moves, restart, start, throughput
 from tests.bench.peers import SMALL
 from tests.bench.place import hub
 from tests.bench.report import Figures
@@ -61,6 +61,7 @@ SCENARIOS = {
     "churn": Scenario(churn.measure, churn.sections),
     "restart": Scenario(restart.measure, restart.sections),
     "drift": Scenario(drift.measure, drift.sections),
+    "moves": Scenario(moves.measure, moves.sections),
     "idle": Scenario(idle.measure, idle.sections),
     "throughput": Scenario(throughput.measure, throughput.sections),
     "cluster": Scenario(_measure_cluster, _cluster_sections),

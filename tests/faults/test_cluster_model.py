@@ -880,6 +880,7 @@ class Cluster(RuleBasedStateMachine):
         ]
 
     def is_taken(self, host: Host, record: Record) -> bool:
+        """Whether an agent of the host has written the record, or goes by it as it stands."""
         lease = host.agent.keeper.lease if host.agent else None
         return record.key not in self.planted or (lease is not None and lease[3:] == record[2:])
 

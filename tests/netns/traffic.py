@@ -20,10 +20,6 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Self
 
-from scapy.layers.inet import UDP
-from scapy.layers.inet6 import IPv6  # noqa: F401  Ether finds it once it is loaded.
-from scapy.layers.l2 import Ether
-
 from overlay.cluster_hosts import LabError, Place, Pod, wait_until
 
 PROTOCOLS = ("icmp", "udp", "tcp")
@@ -254,6 +250,11 @@ def _checksum(data: bytes) -> int:
 
 def sender_seen(src: Pod, family: int, seconds: float = 5) -> str:
     """Whose address packets of the pod bear once they leave the overlay: on the underlay, at the hub's port."""
+    # Here, for the benchmark has no scapy where it runs.
+    from scapy.layers.inet import UDP
+    from scapy.layers.inet6 import IPv6  # noqa: F401  Ether finds it once it is loaded.
+    from scapy.layers.l2 import Ether
+
     lab, host = src.lab, src.host
     target, port = str(host.seat.link.hub[family].ip), 9
     with lab.hub.packet_socket(host.name) as capture, _socket(src, family, socket.SOCK_DGRAM) as own:
