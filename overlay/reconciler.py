@@ -221,6 +221,11 @@ class Reconciler:
         except queue.Empty:
             return None
 
+    @property
+    def awaiting(self) -> bool:
+        """Whether what reaches hosts of another backend or VNI is kept, until they follow or it takes too long."""
+        return self._awaiting
+
     # --- the loop ---
 
     def run(self) -> None:

@@ -4,7 +4,8 @@ Owns when each of it is seen to, and what the operator hears of it: what was cha
 said once, until it is another or was mended.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from time import monotonic
 from typing import Any
 
@@ -79,7 +80,9 @@ class Surroundings:
         """The rules themselves, which would keep out what is not in the sets yet; and the way through others' rules."""
         rules = self._rules_for(plan)
         self._load(firewall.ruleset(rules))
-        versions = self._nftables.forward_versions() if self._nftables else ()
+        versions: Collection[int] = ()
+        with self._said_once("firewall_refused"):
+            versions = self._nftables.forward_versions() if self._nftables else ()
         for outcome in iptables.ensure(rules.blocks, versions):
             if outcome.error:
                 self._once("forward_refused", program=outcome.program, reason=outcome.error)
@@ -89,16 +92,22 @@ class Surroundings:
 
     def look_around(self, plan: Plan) -> None:
         """What may be in the way and is not ours to change. Costs some processes; nothing waits for it."""
-        for finding in nft.findings(self._rules_for(plan).blocks):
-            self._once("forward_may_drop", what=finding.what, remedy=finding.remedy)
+        with self._said_once("firewall_refused"):
+            for finding in nft.findings(self._rules_for(plan).blocks):
+                self._once("forward_may_drop", what=finding.what, remedy=finding.remedy)
 
     def _load(self, ruleset: str) -> None:
-        if self._nftables is None:
-            return
+        if self._nftables is not None and ruleset:
+            with self._said_once("firewall_refused"):
+                self._nftables.apply(ruleset)
+
+    @contextmanager
+    def _said_once(self, event: str) -> Iterator[None]:
+        """A failure of nftables within the block is told, and stops nothing else."""
         try:
-            self._nftables.apply(ruleset)
+            yield
         except nft.NftFailed as error:
-            self._once("firewall_refused", reason=str(error))
+            self._once(event, reason=str(error))
 
     def _once(self, event: str, **facts: object) -> None:
         key = f"{event} {facts}"

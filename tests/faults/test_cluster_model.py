@@ -46,7 +46,7 @@ from overlay.model import (
 )
 from overlay.netconf import fit
 from overlay.presence import Presence
-from overlay.reconciler import LINGER, Plan, Reconciler, Stop
+from overlay.reconciler import FOLLOW, LINGER, Plan, Reconciler, Stop
 from subnet_lease.keeper import Identity, Keeper
 from subnet_lease.model import (
     Lease,
@@ -896,9 +896,10 @@ class Cluster(RuleBasedStateMachine):
                 host.agent.store.reconnect()
                 host.agent.store.plots.clear()
         self.settle()
-        if self.went_back:
-            # Peers that the store has lost are kept for a while.
-            self.pass_time(LINGER + 10)
+        waits = any(host.agent and host.agent.reconciler and host.agent.reconciler.awaiting for host in self.hosts)
+        if self.went_back or waits:
+            # Peers that the store has lost are kept for a while, and what reaches those of another backend or VNI.
+            self.pass_time(max(LINGER, FOLLOW) + 10)
             self.settle()
         if any(host.agent and host.agent.store.deceived for host in self.hosts):
             # Nothing tells of a store that went back and has grown since; a snapshot now and then does away with it.

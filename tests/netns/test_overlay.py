@@ -65,7 +65,10 @@ def entries(host: Host) -> dict[str, list[str]]:
     routes = [route for route in host.json("ip", "route", "show", "dev", "flannel.1") if "linkdown" not in route]
     return {
         "route": sorted(route["dst"] for route in routes),
-        "neighbour": sorted(f"{n['dst']} {n['lladdr']}" for n in host.json("ip", "neigh", "show", "dev", "flannel.1")),
+        "neighbour": sorted(
+            f"{n['dst']} {n['lladdr']}"
+            for n in host.json(*["ip", "neigh", "show", "dev", "flannel.1", "nud", "permanent"])
+        ),
         "nexthop": sorted(str(hop["id"]) for hop in host.json("ip", "nexthop")),
         "fdb": sorted(f"{f['mac']} {f['dst']}" for f in host.json("bridge", "fdb", "show", "dev", "flannel.1")),
     }
