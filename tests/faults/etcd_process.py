@@ -1,13 +1,14 @@
 """A real etcd process for tests: on loopback or a unix socket; stopped, killed, frozen, restarted on its data."""
 
 import os
+import random
 import shutil
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
-from contextlib import closing, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 from overlay.cluster import wait_until
@@ -19,15 +20,32 @@ SOCKET = "etcd.sock:0"
 
 
 def free_ports(count: int) -> list[int]:
-    """TCP ports of 127.0.0.1 that were free a moment ago."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
+    """TCP ports of 127.0.0.1 that were free a moment ago, below those that the kernel gives to whoever asks for any.
+
+    The latter have often another owner before one can use them: several test runs start processes all the time.
+    """
+    with ExitStack() as stack:
+        ports: list[int] = []
+        while len(ports) < count:
+            port = random.randrange(16384, _first_ephemeral_port())
+            with suppress(OSError):
+                stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+                ports.append(port)
+        return ports
+
+
+def _first_ephemeral_port() -> int:
+    return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+
+
+@contextmanager
+def refusing_ports(count: int) -> Iterator[list[int]]:
+    """TCP ports of 127.0.0.1 where nobody listens, and nobody else can inside the block."""
+    with ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
             each.bind(("127.0.0.1", 0))
-        return [each.getsockname()[1] for each in sockets]
-    finally:
-        for each in sockets:
-            each.close()
+        yield [each.getsockname()[1] for each in sockets]
 
 
 def freeze(pid: int) -> None:

@@ -26,7 +26,7 @@ from subnet_lease.store import (
     StoreUnavailable,
     WatchInterrupted,
 )
-from tests.faults.etcd_process import EtcdProcess, EtcdProxy, free_ports
+from tests.faults.etcd_process import EtcdProcess, EtcdProxy, refusing_ports
 
 pytestmark = pytest.mark.fault
 
@@ -372,8 +372,7 @@ def answers(store: EtcdStore) -> bool:
 
 
 def test_nobody_there_is_said_in_plain_words() -> None:
-    (port,) = free_ports(1)
-    with contextlib.closing(EtcdStore([f"127.0.0.1:{port}"], "/p")) as store:
+    with refusing_ports(1) as (port,), contextlib.closing(EtcdStore([f"127.0.0.1:{port}"], "/p")) as store:
         with pytest.raises(StoreUnavailable) as caught:
             store.snapshot()
         assert str(caught.value) == f"no connection to http://127.0.0.1:{port}, or no leader in its cluster"
@@ -382,20 +381,21 @@ def test_nobody_there_is_said_in_plain_words() -> None:
 
 
 def test_reads_go_on_to_the_next_endpoint_and_writes_follow(shared: EtcdProcess) -> None:
-    dead = [f"127.0.0.1:{port}" for port in free_ports(2)]
-    with contextlib.closing(EtcdStore([*dead, shared.endpoint], "/test/failover")) as store:
-        assert store.snapshot().records == ()
-        assert store.create("10.5.1.0-24", b"", 0)
-        changes = iter(store.watch(1))
-        next(changes)
-    with contextlib.closing(EtcdStore([dead[0], shared.endpoint], "/test/failover2")) as store:
-        with pytest.raises(StoreUnavailable):
-            store.create("10.5.1.0-24", b"", 0)
-        assert store.create("10.5.1.0-24", b"", 0)
-    with contextlib.closing(EtcdStore([dead[0], shared.endpoint], "/test/failover2")) as store:
-        with pytest.raises(StoreUnavailable):
+    with refusing_ports(2) as ports:
+        dead = [f"127.0.0.1:{port}" for port in ports]
+        with contextlib.closing(EtcdStore([*dead, shared.endpoint], "/test/failover")) as store:
+            assert store.snapshot().records == ()
+            assert store.create("10.5.1.0-24", b"", 0)
+            changes = iter(store.watch(1))
+            next(changes)
+        with contextlib.closing(EtcdStore([dead[0], shared.endpoint], "/test/failover2")) as store:
+            with pytest.raises(StoreUnavailable):
+                store.create("10.5.1.0-24", b"", 0)
+            assert store.create("10.5.1.0-24", b"", 0)
+        with contextlib.closing(EtcdStore([dead[0], shared.endpoint], "/test/failover2")) as store:
+            with pytest.raises(StoreUnavailable):
+                next(iter(store.watch(1)))
             next(iter(store.watch(1)))
-        next(iter(store.watch(1)))
 
 
 # --- logins ---
@@ -581,8 +581,8 @@ def test_what_tls_has_against_a_connection_is_said(
     theirs = {**files, "certfile": str(stranger), "keyfile": str(key)}
     assert f"does not accept the certificate in {stranger}" in refusal(secured.endpoint, theirs)
     assert "does not speak TLS" in refusal(shared.endpoint.replace("http:", "https:"), files)
-    (nobody,) = free_ports(1)
-    assert refusal(f"https://127.0.0.1:{nobody}", files).startswith("no connection to")
+    with refusing_ports(1) as (nobody,):
+        assert refusal(f"https://127.0.0.1:{nobody}", files).startswith("no connection to")
 
 
 def test_a_server_whose_certificate_has_expired_is_told(authority: Path, tmp_path: Path) -> None:
