@@ -15,6 +15,7 @@ import os
 import select
 import socket
 from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -163,29 +164,30 @@ class Kernel:
         Raises KernelRefused if the socket itself fails, when nothing is known of what was done: dump and compare.
         """
         refusals: list[Refusal] = []
-        for start in range(0, len(ops), BATCH):
-            refusals += self._apply_batch(ops[start : start + BATCH])
+        batches = [ops[start : start + BATCH] for start in range(0, len(ops), BATCH)]
+        for batch, answers in zip(batches, self._answers(batches), strict=True):
+            refusals += (
+                Refusal(batch[number], code)
+                for number, code in answers.items()
+                if number < len(batch) and not (code in ABSENT and isinstance(batch[number], Drop))
+            )
             self._drain()
         return refusals
 
-    def _apply_batch(self, ops: Sequence[Op]) -> list[Refusal]:
-        end = len(ops)
-        batch: list[bytes] = []
-        for number, op in enumerate(ops):
-            if isinstance(op, Put):
-                if op.afresh:
-                    # Whether there was anything to remove is no matter.
-                    batch.append(rtnl.clear(op.entry, _NOBODY))
-                batch.append(rtnl.put(op.entry, number, ack=False))
-            else:
-                batch.append(rtnl.drop(op.entry, number, ack=False))
-        batch.append(rtnl.end_of_batch(end))
-        answers = self._exchange(b"".join(batch), end)
-        return [
-            Refusal(ops[number], code)
-            for number, code in answers.items()
-            if number < end and not (code in ABSENT and isinstance(ops[number], Drop))
-        ]
+    def _answers(self, batches: Sequence[Sequence[Op]]) -> Iterator[dict[int, int]]:
+        """What `_exchange` says of each. The kernel works on one batch while the next is made."""
+        if len(batches) == 1:
+            yield self._exchange(_messages(batches[0]), len(batches[0]))
+            return
+        with ThreadPoolExecutor(1) as kernel:
+            before: Future[dict[int, int]] | None = None
+            for batch in batches:
+                under_way = kernel.submit(self._exchange, _messages(batch), len(batch))
+                if before is not None:
+                    yield before.result()
+                before = under_way
+            if before is not None:
+                yield before.result()
 
     def _exchange(self, batch: bytes, end: int) -> dict[int, int]:
         """Send messages in one go; errno by number for each that was answered, the last of them `end`.
@@ -325,6 +327,21 @@ class Kernel:
             return [found for name in names if (found := _find(route, name)) is not None]
 
         return _guarded("list devices", listed)
+
+
+def _messages(ops: Sequence[Op]) -> bytes:
+    """One batch: each operation's message has its place as number, and the end that comes after them its length."""
+    messages: list[bytes] = []
+    for number, op in enumerate(ops):
+        if isinstance(op, Put):
+            if op.afresh:
+                # Whether there was anything to remove is no matter.
+                messages.append(rtnl.clear(op.entry, _NOBODY))
+            messages.append(rtnl.put(op.entry, number, ack=False))
+        else:
+            messages.append(rtnl.drop(op.entry, number, ack=False))
+    messages.append(rtnl.end_of_batch(len(ops)))
+    return b"".join(messages)
 
 
 def _ensure(route: "IPRoute", spec: DeviceSpec) -> tuple[int, tuple[str, ...]]:

@@ -6,21 +6,32 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from overlay import rtnl
+from overlay import firewall, nfnl, nft, rtnl
+from overlay.firewall import Rules
 from overlay.model import Entry, Fdb, Neighbour, Route
+from overlay.netlink import open_socket
 from overlay.netns import Namespace
 from subnet_lease.model import Lease, format_address, format_mac
-from tests.bench.peers import bridge_commands, entries, ip_commands
+from tests.bench.peers import DEVICE, NETWORK, bridge_commands, entries, ip_commands
 from tests.bench.place import inside, make_device
 
 ROOT = Path(__file__).parents[2]
 
 DEADLINE_S = 180.0
 
-SO_RCVBUFFORCE = 33
+NETLINK_NETFILTER = 12
+
+BUFFER = 8 << 20
+"""Bytes for each way of a netlink socket."""
 
 BATCH = 400
 """Messages in one send, as in `overlay.kernel`."""
+
+END = 1
+"""The sequence number of the last change of a transaction, which is acknowledged."""
+
+GUARD = Rules(blocks=(NETWORK,), subnets=(), devices=(DEVICE,), port=8472, masquerade=False, exceptions=(), guard="on")
+"""What makes the agent keep a set of hosts."""
 
 
 class Failed(Exception):
@@ -33,7 +44,8 @@ class Failed(Exception):
 def kernel_alone(place: Namespace, peers: Sequence[Lease], *, ack_each: bool = False) -> float:
     """Send the agent's own messages, made beforehand, and wait for each batch's end: what no agent can save.
 
-    With `ack_each` every message is acknowledged for itself, and all of that is read.
+    Those for the firewall's set are one transaction, over a socket of their own, and come first. With `ack_each` every
+    other message is acknowledged for itself, and all of that is read.
     """
     device = make_device(place)
     wanted = entries(peers, device, nexthops=True)
@@ -43,12 +55,20 @@ def kernel_alone(place: Namespace, peers: Sequence[Lease], *, ack_each: bool = F
         messages = [rtnl.put(entry, number, ack=ack_each) for number, entry in enumerate(some)]
         batches.append(b"".join([*messages, rtnl.end_of_batch(BATCH)]))
 
+    hosts = nfnl.batch([peer.attrs.public_ip for peer in peers if peer.attrs.public_ip], (), 0, END)
+
     def exchange() -> float:
-        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE) as sock:
-            # Room for the answers to a whole batch.
-            sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, 8 << 20)
-            sock.bind((0, 0))
+        nft.apply(firewall.preparation(GUARD))
+        # Room for the answers to a whole batch, and for the whole transaction.
+        with (
+            open_socket(NETLINK_NETFILTER, BUFFER) as sets,
+            open_socket(socket.NETLINK_ROUTE, BUFFER) as sock,
+        ):
             started = time.monotonic()
+            sets.send(hosts)
+            answer = sets.recv(65536)
+            if rtnl.HEADER.unpack_from(answer)[3] != END:
+                raise Failed("the kernel refused the addresses of hosts")
             for batch in batches:
                 sock.send(batch)
                 # A refusal would come before the end, and `compare` would find it.

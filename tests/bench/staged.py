@@ -31,13 +31,14 @@ TIMED = {
 }
 """Module and name -> stage."""
 
-SOCKETS = "overlay.kernel:_netlink_socket"
+SOCKETS = "overlay.netlink:open_socket"
 """What makes the sockets whose send and recv are the stage KERNEL."""
 
 READY = "overlay.notify:Notifier.ready"
 """What is called when the start is complete."""
 
-IMPORTS, KERNEL = "imports", "kernel"
+IMPORTS, KERNEL, BESIDE = "imports", "kernel", "kernel, beside"
+"""`BESIDE` is what the sockets take in a thread of their own, while another makes the next messages."""
 
 
 class _Watch(threading.local):
@@ -77,10 +78,14 @@ _began = time.monotonic(), time.process_time()
 
 class _TimedSocket(socket.socket):
     def send(self, *args: Any) -> int:
-        return int(_watch.run(KERNEL, super().send, *args))
+        return int(_watch.run(_at_kernel(), super().send, *args))
 
     def recv(self, *args: Any) -> bytes:
-        return bytes(_watch.run(KERNEL, super().recv, *args))
+        return bytes(_watch.run(_at_kernel(), super().recv, *args))
+
+
+def _at_kernel() -> str:
+    return KERNEL if _watch.stack else BESIDE
 
 
 def _wrapped(name: str, target: Callable[..., Any], file: Path) -> Callable[..., Any]:
