@@ -85,6 +85,12 @@ def _nothing_left_behind() -> Iterator[None]:
     assert not left, f"labs of this test run remain: {left}"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-link", action="store_true", help="fail, not pass by, where the kernel lacks a kind of link"
+    )
+
+
 def pytest_configure() -> None:
     # A run in the background of a shell ignores SIGINT and would hand that on to the processes under test.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -63,7 +63,9 @@ OVERLAY = tuple(
 )
 """What depends on the kernel most: a lab takes half a minute to come up in an emulator."""
 
-CORE = Pass("the core scenarios", ("tests/netns/test_dataplane_contract.py", *OVERLAY, "tests/packet"))
+LINKS = ("tests/netns/test_underlay.py::test_other_kinds_of_links_carry_the_overlay_as_well", "--every-link")
+
+CORE = Pass("the core scenarios", ("tests/netns/test_dataplane_contract.py", *LINKS, *OVERLAY, "tests/packet"))
 BAD_LINKS = Pass("links that lose, delay, reorder and repeat", ("tests/kernels/bad_links.py",))
 PLAIN_ROUTES = Pass(
     "without nexthop objects",
