@@ -351,7 +351,6 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
     had = list(preferred)
     underlay = _underlay(options, config, had)
     backend = backend_of(config)
-    assert backend is not None, "it is usable"
     kernel = Kernel()
     loops.at_end(kernel.close)
     presence = _presence(options, config, underlay, kernel)

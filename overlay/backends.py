@@ -27,7 +27,7 @@ from overlay.model import (
     NextHop,
     Route,
 )
-from subnet_lease.model import Lease, LeaseAttrs, NetworkConfig, Prefix
+from subnet_lease.model import ConfigInvalid, Lease, LeaseAttrs, NetworkConfig, Prefix
 
 V4, V6 = 4, 16
 """Address families, by the length of a packed address."""
@@ -62,7 +62,7 @@ class Here:
         # Network is a /8 at most, so that the ids stay in our range.
         offset = NEXTHOP_BASE - network.first if nexthops and network else None
         backend = backend_of(config)
-        link = underlay.index if backend is not None and backend.direct else 0
+        link = underlay.index if backend.direct else 0
         return cls(config.blocks, {}, link, underlay.on_link, mtu, offset, listed)
 
 
@@ -83,16 +83,14 @@ class Backend:
     routes: bool = True
 
 
-def backend_of(config: NetworkConfig) -> Backend | None:
-    """The backend that the configuration names; None if there is no such."""
-    if config.backend.type == "vxlan":
+def backend_of(config: NetworkConfig) -> Backend:
+    """The backend that the configuration names; ConfigInvalid if there is no such."""
+    name = config.backend.type
+    if name == "vxlan":
         return _DIRECT if config.backend.direct_routing else _VXLAN
-    return _OTHERS.get(config.backend.type)
-
-
-def names() -> tuple[str, ...]:
-    """The values that `Backend.Type` may have."""
-    return ("vxlan", *_OTHERS)
+    if name not in _OTHERS:
+        raise ConfigInvalid("Backend.Type", f"{name!r} is not supported; {', '.join(('vxlan', *_OTHERS))} are")
+    return _OTHERS[name]
 
 
 def ours(entry: Entry, here: Here) -> bool:

@@ -52,6 +52,7 @@ class HostDataplane:
             seen.lost,
             seen.device_changed,
             gone or firewall.altered or firewall.lost or bool(firewall.forward) or self._disturbed(),
+            firewall.programs if firewall.altered else (),
         )
 
     def apply(self, ops: list[Op]) -> list[Refusal]:

@@ -146,15 +146,11 @@ class Kernel:
 
     def _drain(self) -> None:
         """Move what is queued to memory: the socket's buffer is bounded, and a batch of ours may outgrow it."""
-        while True:
-            try:
-                self._unread.append(self._monitor.recv(65536))
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
+        for buffer in netlink.queued(self._monitor):
+            if buffer is None:
                 self._lost = True
+            else:
+                self._unread.append(buffer)
 
     # --- entries ---
 

@@ -151,10 +151,12 @@ class Seen(NamedTuple):
     """What the monitors brought since they were last read. `lost`: some of it, so that only a dump tells the truth.
 
     `device_changed`: a device of ours, its addresses or state, or the underlay's link is not as it was; entries may
-    have gone without notice. `firewall_changed`: the same of our rules.
+    have gone without notice. `firewall_changed`: the same of our rules; `altered_by` names the programs that have
+    changed them.
     """
 
     sights: tuple[Sight, ...] = ()
     lost: bool = False
     device_changed: bool = False
     firewall_changed: bool = False
+    altered_by: tuple[str, ...] = ()

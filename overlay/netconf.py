@@ -6,9 +6,9 @@ Pure: what it says is for the caller to log or to refuse with.
 from collections.abc import Collection
 from dataclasses import replace
 
-from overlay.backends import V6, backend_of, names
+from overlay.backends import V6, backend_of
 from overlay.device import MAX_DEVICE_NAME, Underlay, device_name, occupied_links, overlay_mtu, tunnel_mtu
-from subnet_lease.model import LIVE_SETTINGS, ConfigInvalid, NetworkConfig, Prefix, changed_settings, format_address
+from subnet_lease.model import LIVE_SETTINGS, NetworkConfig, Prefix, changed_settings, format_address
 
 
 class Unfit(ValueError):
@@ -18,8 +18,7 @@ class Unfit(ValueError):
 def usable(value: bytes) -> NetworkConfig:
     """The configuration, decoded; ConfigInvalid if no host could use it."""
     config = NetworkConfig.parse(value)
-    if backend_of(config) is None:
-        raise ConfigInvalid("Backend.Type", f"{config.backend.type!r} is not supported; {', '.join(names())} are")
+    backend_of(config)
     return config
 
 
@@ -32,7 +31,6 @@ def fit(
     are in nobody's way.
     """
     backend = backend_of(config)
-    assert backend is not None, "it is usable"
     families = [len(block.base) for block in config.blocks]
     used = underlay.carrying(families)
     for address in dict.fromkeys((*used.addresses, *public)):
@@ -64,7 +62,6 @@ def remarks(config: NetworkConfig, underlay: Underlay) -> list[tuple[str, dict[s
     if config.unknown:
         found.append(("config_keys_unknown", {"keys": list(config.unknown)}))
     backend = backend_of(config)
-    assert backend is not None, "it is usable"
     overheads = [len(address) for address in underlay.addresses] if backend.tunnels else []
     most = min((tunnel_mtu(underlay.mtu, 0, family) for family in overheads), default=underlay.mtu)
     if config.backend.mtu > most:

@@ -3,13 +3,16 @@
 Nothing here knows a message; `kernel` speaks rtnetlink, `nft` speaks nfnetlink.
 """
 
-import ctypes
+import errno
 import socket
-import struct
 import sys
+from collections.abc import Iterator
+
+from overlay import bpf
+from overlay.bpf import Do
 
 _SOL_NETLINK, _CAP_ACK = 270, 10
-_SO_ATTACH_FILTER, _SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 26, 32, 33
+_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 
 
 def open_socket(protocol: int, buffer: int) -> socket.socket:
@@ -26,19 +29,32 @@ def open_socket(protocol: int, buffer: int) -> socket.socket:
     return sock
 
 
+def queued(monitor: socket.socket) -> Iterator[bytes | None]:
+    """What has come to a socket that does not block, one datagram at a time; None for what the kernel had to drop."""
+    while True:
+        try:
+            yield monitor.recv(1 << 16)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise
+            yield None
+
+
 def drop_from(monitor: socket.socket, source: socket.socket) -> None:
     """Have the kernel drop what `source` causes before it is queued to `monitor`. A later call replaces an earlier one.
 
-    A classic BPF program on nlmsg_pid, which lies 12 bytes into a message (linux/filter.h): load, compare, return.
+    By nlmsg_pid, which lies 12 bytes into a message.
     """
     # The filter loads words in network order; the port id is in the host's.
     port = int.from_bytes(source.getsockname()[0].to_bytes(4, sys.byteorder), "big")
-    program = struct.pack(
-        "=HBBI HBBI HBBI HBBI",
-        *(0x20, 0, 0, 12),  # BPF_LD | BPF_W | BPF_ABS
-        *(0x15, 0, 1, port),  # BPF_JMP | BPF_JEQ | BPF_K: the next instruction if equal, else the one after it
-        *(0x06, 0, 0, 0),  # BPF_RET: nothing of it
-        *(0x06, 0, 0, 0xFFFFFFFF),  # BPF_RET: all of it
+    bpf.attach(
+        monitor,
+        (
+            Do(bpf.LOAD_WORD, 12),
+            Do(bpf.IF_EQUAL, port, otherwise=1),
+            Do(bpf.RETURN, bpf.NOTHING),
+            Do(bpf.RETURN, bpf.ALL),
+        ),
     )
-    code = ctypes.create_string_buffer(program, len(program))
-    monitor.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 4, ctypes.addressof(code)))

@@ -205,14 +205,8 @@ class Nftables:
 
     def _drain(self, own: int = 0) -> None:
         """Move what concerns us from the monitor to memory, but for what the process `own` has caused."""
-        while True:
-            try:
-                buffer = self._monitor.recv(1 << 16)
-            except BlockingIOError:
-                return
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
+        for buffer in netlink.queued(self._monitor):
+            if buffer is None:
                 self._lost = True
                 continue
             # What comes in one go is of one transaction, and so of one socket (nft_commit_notify). The kernel gives the
@@ -247,12 +241,6 @@ class _Answer(NamedTuple):
 def apply(ruleset: str) -> None:
     """Load `ruleset` in one transaction: all of it, or nothing and NftFailed."""
     _load(ruleset)
-
-
-def has_table(table: str) -> bool:
-    """Whether `table` (`family name`) exists. Without the program there is none of ours."""
-    done = _run(["list", "table", *table.split()])
-    return done is not None and done.code == 0
 
 
 def findings(blocks: Iterable[Prefix]) -> list[Finding]:

@@ -36,7 +36,6 @@ class Presence:
     def attrs(self, previous: Lease | None) -> LeaseAttrs:
         """What to publish, given the lease that this host had before."""
         backend = backend_of(self.config)
-        assert backend is not None, "a configuration is looked at before it comes here"
         known = previous.attrs if previous else None
         return LeaseAttrs(
             public_ip=self.address(V4),

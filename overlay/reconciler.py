@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 import structlog
 
-from overlay.backends import Backend, Here, backend_of, ours
+from overlay.backends import Here, backend_of, ours
 from overlay.device import DeviceSpec, Underlay, overlay_mtu
 from overlay.kernel import DeviceOccupied, KernelRefused
 from overlay.model import Entry, Guard, NextHop, Op, Put, Refusal, Route, Seen
@@ -193,9 +193,7 @@ class Reconciler:
     def _replan(self) -> None:
         """Work out what lease, configuration and underlay call for. It is carried out in the next pass."""
         config, underlay = self._config, self._underlay
-        backend = backend_of(config)
-        assert backend is not None, "a configuration is looked at before it comes here"
-        self._backend: Backend = backend
+        self._backend = backend = backend_of(config)
         mtu = overlay_mtu(config, underlay, tunnels=backend.tunnels)
         plan = Plan(self._lease.subnets, backend.devices(config, self._lease, underlay), underlay.name, mtu)
         here = Here.of(config, underlay, mtu, nexthops=self._nexthops, listed=self._listed)
@@ -355,6 +353,8 @@ class Reconciler:
         drifts = self._tracker.saw(seen.sights)
         if seen.lost:
             self._log.warning("notifications_lost", remedy="all entries are read again and compared")
+        if seen.altered_by:
+            self._log.warning("firewall_altered", by=list(seen.altered_by), remedy="our rules are loaded again")
         if seen.firewall_changed:
             self._prepared = self._protected = False
         if self._doubt or seen.lost or seen.device_changed or seen.firewall_changed:

@@ -5,8 +5,6 @@ that match (`--iface-regex`, against names and addresses), then the one the rout
 (`--iface-can-reach`), then the one that has the public address, then the one of the default route. Only reads.
 """
 
-import ctypes
-import errno
 import os
 import re
 import select
@@ -16,7 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from overlay import iproute
+from overlay import bpf, iproute, netlink
+from overlay.bpf import Do
 from overlay.device import Underlay
 from subnet_lease.model import Prefix, format_address, pack_address
 
@@ -36,7 +35,7 @@ _UNFIT = 0x01 | 0x08 | 0x20 | 0x40
 _OUR_DEVICES = ("flannel.", "flannel-v6.")
 
 _GROUPS = (1, 5, 9, 7, 11)  # RTNLGRP_LINK, _IPV4_IFADDR, _IPV6_IFADDR, _IPV4_ROUTE, _IPV6_ROUTE
-_SOL_NETLINK, _ADD_MEMBERSHIP, _SO_ATTACH_FILTER = 270, 1, 26
+_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 _NEWROUTE = 24
 _KIND_AND_INDEX = struct.Struct("=4xH14xi")  # nlmsg_type, and the interface of an ifinfomsg or ifaddrmsg
 
@@ -231,17 +230,8 @@ class Monitor:
         if self._interrupt in readable:
             os.eventfd_read(self._interrupt)
             concerned.add(0)
-        while self._socket in readable:
-            try:
-                buffer = self._socket.recv(65536)
-            except BlockingIOError:
-                break
-            except OSError as error:
-                if error.errno != errno.ENOBUFS:
-                    raise
-                concerned.add(0)
-                continue
-            kind, index = _KIND_AND_INDEX.unpack_from(buffer)
+        for buffer in netlink.queued(self._socket):
+            kind, index = _KIND_AND_INDEX.unpack_from(buffer) if buffer else (0, 0)
             concerned.add(0 if kind >= _NEWROUTE else index)
         return concerned
 
@@ -249,19 +239,19 @@ class Monitor:
 def _without_other_routes(sock: socket.socket) -> None:
     """Have the kernel drop notifications of routes other than default ones: there are thousands of ours.
 
-    A classic BPF program (linux/filter.h) on nlmsg_type, at 4, and rtm_dst_len, at 17.
+    By nlmsg_type, at 4, and rtm_dst_len, at 17. The header is in the host's byte order.
     """
     swapped = int.from_bytes(struct.pack("=H", _NEWROUTE), "big")
     other = int.from_bytes(struct.pack("=H", _NEWROUTE + 1), "big")
-    program = struct.pack(
-        "=" + "HBBI" * 7,
-        *(0x28, 0, 0, 4),  # BPF_LD | BPF_H | BPF_ABS: in network order, while the header is in the host's
-        *(0x15, 1, 0, swapped),  # BPF_JMP | BPF_JEQ | BPF_K
-        *(0x15, 0, 2, other),
-        *(0x30, 0, 0, 17),  # BPF_LD | BPF_B | BPF_ABS
-        *(0x15, 0, 1, 0),
-        *(0x06, 0, 0, 0xFFFFFFFF),  # BPF_RET: all of it
-        *(0x06, 0, 0, 0),  # BPF_RET: nothing
+    bpf.attach(
+        sock,
+        (
+            Do(bpf.LOAD_HALF, 4),
+            Do(bpf.IF_EQUAL, swapped, then=1),
+            Do(bpf.IF_EQUAL, other, otherwise=2),
+            Do(bpf.LOAD_BYTE, 17),
+            Do(bpf.IF_EQUAL, 0, otherwise=1),
+            Do(bpf.RETURN, bpf.ALL),
+            Do(bpf.RETURN, bpf.NOTHING),
+        ),
     )
-    code = ctypes.create_string_buffer(program, len(program))
-    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", 7, ctypes.addressof(code)))

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 import grpc
 from etcd3 import etcdrpc as rpc
 
-from overlay.backends import Backend, Here, backend_of
+from overlay.backends import Here, backend_of
 from overlay.model import BUILD_ORDER, NEXTHOP_BASE, Entry, Fdb, Neighbour, NextHop, Route
 from subnet_lease.model import (
     Lease,
@@ -28,7 +28,7 @@ from subnet_lease.model import (
 NETWORK = Prefix.parse("10.0.0.0/8")
 UNDERLAY = Prefix.parse("172.16.0.0/12")
 CONFIG = b'{"Network":"10.0.0.0/8","SubnetMax":"10.247.255.0","Backend":{"Type":"vxlan"}}'
-BACKEND: Backend = backend_of(NetworkConfig.parse(CONFIG))  # type: ignore[assignment]
+BACKEND = backend_of(NetworkConfig.parse(CONFIG))
 DEVICE = "flannel.1"
 OWN_IP = format_address(UNDERLAY.host(1))
 ETCD_IP = format_address(UNDERLAY.host(2))

@@ -976,7 +976,6 @@ class Cluster(RuleBasedStateMachine):
         table = LeaseTable(self.config, own)
         table.replace(snapshot)
         backend = backend_of(self.config)
-        assert backend is not None
         kernel, here = host.kernel, host.kernel.here
         peers = [backend.entries(peer, here) for _, peer in table.peers()]
         wanted = {entry[0]: entry for entries in peers for entry in entries}

@@ -11,6 +11,8 @@ import subprocess
 from collections.abc import Iterator
 from typing import Any
 
+from overlay.cluster_hosts import wait_until
+
 CLONE_NEWNET = 0x40000000
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -67,12 +69,16 @@ def index_of(name: str) -> int:
 
 
 def veth(name: str, peer: str, address: str = "") -> int:
-    """A veth pair, up; `address` (with length) goes to the first. Returns the index of the first."""
+    """A veth pair, up; `address` (with length) goes to the first. Returns the index of the first.
+
+    The kernel finds out by itself, in its own time, that a link works, and announces it: that is waited for.
+    """
     ip(f"link add {name} type veth peer name {peer}")
     if address:
         ip(f"addr add {address} dev {name}")
     ip(f"link set {peer} up")
     ip(f"link set {name} up")
+    wait_until(lambda: ip_json(f"link show {name}")[0]["operstate"] == "UP", what=f"carrier on {name}")
     return index_of(name)
 
 

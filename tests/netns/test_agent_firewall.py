@@ -91,13 +91,18 @@ def test_peer_that_leaves_is_a_stranger_and_one_that_comes_back_is_not(lab: Lab)
         "add element inet overlay_agent peers4 { 192.0.2.1 }",
     ],
 )
-def test_whatever_somebody_does_to_the_table_is_undone_and_no_packet_lost(lab: Lab, harm: str) -> None:
+def test_whatever_somebody_does_to_the_table_is_undone_and_told_and_no_packet_lost(lab: Lab, harm: str) -> None:
     h1, h2, _ = lab.hosts
+    told = [line for line in h1.log().splitlines() if "firewall_altered" in line]
     # Emptying the set of a guard that stands shuts the peers out until the addresses are back.
     lossless = "set" not in harm
     with Meter(h1.pods[0], h2.pods[0]) as there, Meter(h2.pods[0], h1.pods[0]) as back:
         assert h1.run("nft", harm).returncode == 0
         wait_until(lambda: guarded(h1) and let_in(h1) == others(lab, h1), SOON_S, "the table as it was")
+    new = [line for line in h1.log().splitlines() if "firewall_altered" in line][len(told) :]
+    # A single element is an entry like a route, and mended as one.
+    assert len(new) == ("peers4" not in harm)
+    assert all("nft" in line for line in new)
     gaps = there.gaps() + back.gaps()
     assert not gaps if lossless else all(gap.ms < 1000 for gap in gaps)
 

@@ -127,6 +127,11 @@ def test_any_other_change_of_the_firewall_asks_for_a_look_at_it(host: Host, chan
     assert host.dataplane.observe() == Seen(firewall_changed=True)
 
 
+def test_program_that_altered_our_rules_is_named(host: Host) -> None:
+    host.nftables.changes = Changes(altered=True, programs=("nft",))
+    assert host.dataplane.observe() == Seen(firewall_changed=True, altered_by=("nft",))
+
+
 def test_gap_closes_after_the_table_was_gone(host: Host) -> None:
     tracker = Tracker(lambda entry: True)
     tracker.want("peer", tuple(host.peer))

@@ -175,7 +175,6 @@ class Agent:
 
     def entries(self, *leases: Lease) -> set[Entry]:
         backend = backend_of(self.config)
-        assert backend is not None
         mtu = overlay_mtu(self.config, self.underlay, tunnels=backend.tunnels)
         nexthops = self.kernel.has_nexthops()
         here = Here.of(self.config, self.underlay, mtu, nexthops=nexthops, listed=self.listed)

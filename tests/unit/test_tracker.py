@@ -66,7 +66,6 @@ def peer(
 ) -> tuple[Entry, ...]:
     """The entries of that lease: in build order, if it is of one address family."""
     backend = backend_of(CONFIG)
-    assert backend is not None
     own = subnet if host is None else host
     return backend.entries(lease(subnet, own, mtu=mtu, ipv4=ipv4, ipv6=ipv6), here)
 
