@@ -418,6 +418,7 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
         watcher = Watcher(store, deliver, first=snapshot)
     if cached:
         reconciler.post(cached.snapshot)
+    loops.start("surroundings", surroundings.run, surroundings.stop)
     # This function lasts as long as the agent; all leases in raw form need not.
     snapshot = cached = None
     notifier.status(f"setting up {lease}")

@@ -4,6 +4,7 @@ Owns when each of it is seen to, and what the operator hears of it: what was cha
 said once, until it is another or was mended.
 """
 
+import queue
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from time import monotonic
@@ -19,7 +20,8 @@ LOOK_S = 5.0
 
 
 class Surroundings:
-    """For the reconciler: `prepare` before any entry is written, `protect` once all are in place; `look_around` then.
+    """For the reconciler: `prepare` before any entry is written, `protect` once all are in place; `look_around` then,
+    which has a thread of its own: `run` until `stop`.
 
     `rules_for` gives the firewall rules that a plan calls for. `nftables` None: this host has no nftables, and no use
     for any. What is changed of the kernel's settings goes into `ledger`, for `cleanup` to put back.
@@ -39,6 +41,7 @@ class Surroundings:
         self._said: set[str] = set()
         self._legacy = iptables.legacy_shape()
         self._looked = monotonic()
+        self._asked: queue.SimpleQueue[Plan | None] = queue.SimpleQueue()
 
     # --- kernel settings ---
 
@@ -91,10 +94,19 @@ class Surroundings:
         self._legacy = iptables.legacy_shape()
 
     def look_around(self, plan: Plan) -> None:
-        """What may be in the way and is not ours to change. Costs some processes; nothing waits for it."""
-        with self._said_once("firewall_refused"):
-            for finding in nft.findings(self._rules_for(plan).blocks):
-                self._once("forward_may_drop", what=finding.what, remedy=finding.remedy)
+        """Have `run` see what may be in the way and is not ours to change. It costs some processes; nobody waits."""
+        self._asked.put(plan)
+
+    def run(self) -> None:
+        """Do what `look_around` asks for."""
+        while (plan := self._asked.get()) is not None:
+            with self._said_once("firewall_refused"):
+                for finding in nft.findings(self._rules_for(plan).blocks):
+                    self._once("forward_may_drop", what=finding.what, remedy=finding.remedy)
+
+    def stop(self) -> None:
+        """End `run`."""
+        self._asked.put(None)
 
     def _load(self, ruleset: str) -> None:
         if self._nftables is not None and ruleset:

@@ -53,6 +53,8 @@ def said(made: Surroundings, times: int = 1) -> list[tuple[str, Any]]:
         for _ in range(times):
             made.protect(PLAN)
             made.look_around(PLAN)
+            made.stop()
+            made.run()
     return [(line["event"], line.get("reason") or line.get("program") or line.get("what")) for line in logs]
 
 
