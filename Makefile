@@ -14,7 +14,7 @@ SOURCES := agent.py overlay subnet_lease tests
 
 # program:package
 PROGRAMS := ip:iproute2 bridge:iproute2 etcd:etcd-server nft:nftables ping:iputils-ping
-test: PROGRAMS += etcdctl:etcd-client openssl:openssl ethtool:ethtool systemd-analyze:systemd iptables-legacy:iptables
+test: PROGRAMS += etcdctl:etcd-client openssl:openssl ethtool:ethtool dhcpcd:dhcpcd-base systemd-analyze:systemd iptables-legacy:iptables
 
 # What "CORE" means stands once, in the first import contract.
 CORE = $(shell $(BIN)/python -c 'import tomllib; \

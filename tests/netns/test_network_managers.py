@@ -1,12 +1,13 @@
 """Network managers and our device: real ones, in namespaces, with the files that `make install` puts in place.
 
-systemd-networkd and udev are set up to manage every interface, as a file of an operator's or of a distribution's may.
+systemd-networkd, dhcpcd and udev are set up to manage every interface, as a file of an operator's or of a
+distribution's may.
 """
 
 import json
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -157,3 +158,47 @@ def setup_file(installed: Path, name: str) -> str:
     found = re.search(r"^ID_NET_LINK_FILE=(.*)$", output, re.MULTILINE)
     assert found, output
     return found[1]
+
+
+# --- dhcpcd --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def dhcpcd(configuration: Path) -> Iterator[Callable[[], str]]:
+    """dhcpcd has begun to look for a server behind eth0. Yields what reads its log."""
+    log = configuration.with_name("log")
+    # Of udev, which is none of this namespace's, it is to know nothing.
+    configuration.write_text(configuration.read_text() + "nodev\n")
+    # Its socket, its leases and its process id stay in here.
+    script = 'mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /var/lib && exec dhcpcd --nobackground --debug -f "$1"'
+    command = ["unshare", "--mount", "sh", "-e", "-c", script, "sh", str(configuration)]
+    with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as daemon:
+
+        def asks() -> bool:
+            assert daemon.poll() is None, log.read_text()
+            return "eth0: sending DISCOVER" in log.read_text()
+
+        try:
+            wait_until(asks, 30, "dhcpcd at work on eth0")
+            yield log.read_text
+        finally:
+            daemon.terminate()
+
+
+def test_dhcpcd_asks_for_no_address_on_what_the_overlay_is_made_of(tmp_path: Path) -> None:
+    configuration = tmp_path / "dhcpcd.conf"
+    configuration.write_text((ROOT / "deploy/network/dhcpcd.conf").read_text())
+    before = state()
+    with dhcpcd(configuration) as log:
+        for name in ("eth0", "switch", "pod"):
+            wait_until(lambda name=name: f"{name}: soliciting a DHCP lease" in log(), 30, name)  # type: ignore[misc]
+        assert not re.search(r"^(flannel|cni0|veth)", log(), re.MULTILINE)
+        assert state() == before
+
+
+@pytest.mark.parametrize("name", ["flannel.1", "cni0", "veth0a1b2c3d"])
+def test_dhcpcd_would_ask_for_an_address_on_all_of_it(tmp_path: Path, name: str) -> None:
+    configuration = tmp_path / "dhcpcd.conf"
+    configuration.touch()
+    with dhcpcd(configuration) as log:
+        wait_until(lambda: f"{name}: soliciting a DHCP lease" in log(), 30, f"dhcpcd at work on {name}")
