@@ -4,17 +4,27 @@ A check that cannot fail shows nothing: with such agents in a lab, the checks of
 for how a lab is told. Each fault alters one function of the agent, after its modules are loaded and before it starts.
 """
 
+import struct
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import agent
 from overlay import backends, kernel, rtnl
 from overlay.device import DeviceSpec
 from overlay.model import Entry, Fdb, Neighbour, Op, Refusal
+from subnet_lease.model import Lease, Prefix
+
+if TYPE_CHECKING:
+    from pyroute2 import IPRoute
 
 _EVERYBODY = bytes(6)
 """The MAC of the FDB entry that stands for all which have none: whatever is sent to it, and to all, goes to each of its
 remotes (vxlan_xmit)."""
+
+_APPEND = 0x800  # NLM_F_APPEND in linux/netlink.h
+_REACHABLE, _NOARP = 0x02, 0x40  # NUD_REACHABLE and NUD_NOARP in linux/neighbour.h
+_FLAGS_AT = 6  # struct nlmsghdr
 
 
 def wrong_vni() -> None:
@@ -34,7 +44,12 @@ def flooding() -> None:
     def put(entry: Entry, sequence: int, *, ack: bool = True) -> bytes:
         message = usual(entry, sequence, ack=ack)
         if isinstance(entry, Fdb):
-            message += usual(entry._replace(at=(entry.at[0], _EVERYBODY)), sequence, ack=ack)
+            # Not as a permanent entry: the agent takes these for its own, and away.
+            remote = entry._replace(at=(entry.at[0], _EVERYBODY), state=_REACHABLE | _NOARP)
+            more = bytearray(usual(remote, sequence, ack=False))
+            # A remote more, for the kernel replaces none of these (vxlan_fdb_update_existing).
+            struct.pack_into("=H", more, _FLAGS_AT, rtnl.REQUEST | rtnl.CREATE | _APPEND)
+            message += more
         return message
 
     rtnl.put = put
@@ -50,10 +65,53 @@ def missing_neighbour() -> None:
     kernel.Kernel.apply = apply
 
 
+def wrong_vtep() -> None:
+    """The devices send from another address and MAC than the lease says; see `other_address`."""
+    spec = backends.DeviceSpec
+
+    def another(**options: object) -> DeviceSpec:
+        mac = options["mac"]
+        return spec(**{**options, "local": other_address(options["local"]), "mac": mac[:5] + bytes((mac[5] ^ 1,))})
+
+    backends.DeviceSpec = another
+
+
+def other_address(address: bytes) -> bytes:
+    """That of `wrong_vtep`: 172.30.1.11 for 172.30.0.11, fd30::111 for fd30::11."""
+    return address[:-2] + bytes((address[-2] ^ 1, address[-1]))
+
+
+def heedless() -> None:
+    """A peer's smaller MTU is not heeded."""
+    usual = backends._route
+
+    def route(subnet: Prefix, gateway: bytes, device: int, peer: Lease, here: backends.Here) -> tuple[Entry, ...]:
+        return usual(subnet, gateway, device, peer._replace(attrs=peer.attrs._replace(mtu=0)), here)
+
+    backends._route = route
+
+
+def odd_device() -> None:
+    """The devices have a TTL, a range of source ports and a don't-fragment bit of their own, and no checksum."""
+    usual = kernel._create
+
+    class Oddly(NamedTuple):
+        route: "IPRoute"
+
+        def link(self, command: str, **attributes: object) -> None:
+            odd = {"ttl": 7, "df": 1, "port_range": {"low": 40000, "high": 40010}, "udp_csum": 0}
+            self.route.link(command, **attributes, **{f"vxlan_{name}": value for name, value in odd.items()})
+
+    kernel._create = lambda route, spec: usual(Oddly(route), spec)
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "wrong-vni": wrong_vni,
     "flooding": flooding,
     "missing-neighbour": missing_neighbour,
+    "wrong-vtep": wrong_vtep,
+    "heedless": heedless,
+    "odd-device": odd_device,
 }
 
 

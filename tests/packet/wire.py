@@ -112,13 +112,17 @@ class Link:
     def __post_init__(self) -> None:
         self.name = f"{self.place.name}/{self.device}"
         self._tap = self.place.made(lambda: Tap(self.device))
+
+    @cached_property
+    def _outlet(self) -> Tap:
         # A socket does not see what it sends itself.
-        self._outlet = self.place.made(lambda: Tap(self.device))
+        return self.place.made(lambda: Tap(self.device))
 
     def close(self) -> None:
         """Stop watching."""
         self._tap.close()
-        self._outlet.close()
+        if "_outlet" in vars(self):
+            self._outlet.close()
 
     @cached_property
     def mac(self) -> str:
@@ -168,6 +172,7 @@ class Wire:
 
     def __init__(self) -> None:
         self._stack = ExitStack()
+        self._gateways: dict[Pod, str] = {}
         self.links: list[Link] = []
 
     def __enter__(self) -> Self:
@@ -188,6 +193,11 @@ class Wire:
         self.links.append(link)
         return link
 
+    def watched(self, place: Place, device: str = "eth0") -> Link:
+        """As `at`, but if this link is watched already, that one, with all that it has seen."""
+        known = (link for link in self.links if link.place is place and link.device == device)
+        return next(known, None) or self.at(place, device)
+
     def underlay(self, host: Host) -> Link:
         """The underlay's port that the host is plugged into. Incoming is what the host sends, outgoing what it gets."""
         return self.at(host.lab.hub, host.name)
@@ -196,9 +206,10 @@ class Wire:
 
     def send(self, pod: Pod, packet: Packet) -> None:
         """Send an IP packet from the pod to its gateway, whatever its addresses say."""
-        link = next((link for link in self.links if link.place is pod), None) or self.at(pod)
-        gateway = mac_of(pod.host, "cni0")
-        link.put(Ether(src=link.mac, dst=gateway) / packet)
+        link = self.watched(pod)
+        if pod not in self._gateways:
+            self._gateways[pod] = mac_of(pod.host, "cni0")
+        link.put(Ether(src=link.mac, dst=self._gateways[pod]) / packet)
 
     def to(self, pod: Pod, *, family: int | None = None) -> Packet:
         """The IP header of a packet to the pod; the source is whoever `send` is told, or the caller's to fill in."""
