@@ -329,10 +329,12 @@ def _messages(ops: Sequence[Op]) -> bytes:
     """One batch: each operation's message has its place as number, and the end that comes after them its length."""
     messages: list[bytes] = []
     for number, op in enumerate(ops):
-        if isinstance(op, Put):
-            if op.afresh:
-                # Whether there was anything to remove is no matter.
-                messages.append(rtnl.clear(op.entry, _NOBODY))
+        if isinstance(op, Put) and op.afresh:
+            covered, uncovered = rtnl.cover(op.entry, _NOBODY)
+            # Whether there was anything to remove is no matter.
+            cleared = rtnl.clear(op.entry, _NOBODY)
+            messages += (covered, cleared, rtnl.put(op.entry, number, ack=False), uncovered)
+        elif isinstance(op, Put):
             messages.append(rtnl.put(op.entry, number, ack=False))
         else:
             messages.append(rtnl.drop(op.entry, number, ack=False))

@@ -373,7 +373,8 @@ class Reconciler:
             self._announced = True
             self._on_ready(self._plan)
             self._strays = True
-        if self._announced and self._strays and not self._awaiting:
+        # What is refused at first may be in its old place until then, and would be in none.
+        if self._announced and self._strays and not self._awaiting and (not refusals or self._retry == RETRY_MOST):
             self._strays = False
             self._remove_strays()
         self._publish("")

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Collection, Iterable, Iterator
 from typing import NamedTuple
 
-from overlay.model import PROTOCOL, Entry, Fdb, Gone, Guard, Neighbour, NextHop, Route, Sight
+from overlay.model import PROTOCOL, PROTOCOL_BOOT, Entry, Fdb, Gone, Guard, Neighbour, NextHop, Route, Sight
 from subnet_lease.model import Prefix
 
 # Message types.
@@ -35,6 +35,7 @@ FAMILY = {4: AF_INET, 16: AF_INET6}
 NTF_SELF = 0x02
 RT_TABLE_MAIN = 254
 RTPROT_UNSPEC = 0
+RTN_BLACKHOLE = 6
 RT_SCOPE_UNIVERSE, RT_SCOPE_LINK, RT_SCOPE_NOWHERE = 0, 253, 255
 RTM_F_CLONED = 0x200
 RTNH_F_ONLINK = 4
@@ -44,6 +45,7 @@ RTA_DST, RTA_OIF, RTA_GATEWAY, RTA_PRIORITY, RTA_TABLE, RTA_NH_ID = 1, 4, 5, 6, 
 RTA_PREFSRC, RTA_METRICS, RTA_FLOW, RTA_ENCAP = 7, 8, 11, 22
 RTAX_MTU = 2
 IP6_RT_PRIO_USER = 1024  # What IPv6 makes of no metric (linux/ipv6_route.h).
+_LAST = 0xFFFFFFFF  # The metric behind all others.
 NHA_ID, NHA_OIF, NHA_GATEWAY = 1, 5, 6
 
 HEADER = struct.Struct("=IHHII")  # nlmsg_len, nlmsg_type, nlmsg_flags, nlmsg_seq, nlmsg_pid
@@ -217,6 +219,23 @@ def clear(entry: Entry, sequence: int) -> bytes:
     if isinstance(entry, Route) and len(entry.destination.base) == 16:
         entry = entry._replace(protocol=RTPROT_UNSPEC)
     return drop(entry, sequence, ack=False)
+
+
+def cover(entry: Entry, sequence: int) -> tuple[bytes, bytes]:
+    """Messages before and after, between which `entry` may be removed and put again; unanswered, as those of `clear`.
+
+    A route that is away leaves its packets to a wider one: the default route, which would show them to the underlay.
+    So one that drops them stands behind it meanwhile. Empty for entries without which packets go nowhere.
+    """
+    if not isinstance(entry, Route):
+        return b"", b""
+    base, length = entry.destination
+    # Not of our protocol, by which `clear` tells what is ours.
+    body = _RTMSG.pack(
+        FAMILY[len(base)], length, 0, 0, RT_TABLE_MAIN, PROTOCOL_BOOT, RT_SCOPE_UNIVERSE, RTN_BLACKHOLE, 0
+    )
+    body += _attr(RTA_DST, base) + _number(RTA_PRIORITY, _LAST)
+    return _message(NEWROUTE, REQUEST | CREATE, sequence, body), _message(DELROUTE, REQUEST, sequence, body)
 
 
 def end_of_batch(sequence: int) -> bytes:

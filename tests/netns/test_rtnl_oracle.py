@@ -5,6 +5,7 @@ conversation and say nothing of an entry. pyroute2 writes attributes in the orde
 freedom taken here. It knows no nexthop objects: those, and the routes on them, iproute2 makes and reads.
 """
 
+import errno
 import random
 import socket
 from collections.abc import Iterable, Iterator
@@ -15,7 +16,7 @@ import pytest
 from pyroute2 import IPRoute
 from pyroute2.netlink.nlsocket import NetlinkRequest
 
-from overlay import rtnl
+from overlay import netlink, rtnl
 from overlay.device import DeviceSpec, derived_mac
 from overlay.kernel import Kernel
 from overlay.model import (
@@ -324,6 +325,34 @@ def test_ipv6_route_of_another_metric_stays_when_ours_goes(kernel: Kernel, ours_
     assert kernel.apply([Drop(ours)]) == []
     assert _unasked_for(kernel.dump(True)) == []
     assert [(e["metric"], e["gateway"]) for e in ip_json("-6 route show fd00:9::/64")] == [(5, "fd00:9::1")]
+
+
+def test_route_that_is_away_while_it_is_replaced_leaves_its_packets_to_nobody(kernel: Kernel, family: int) -> None:
+    block = Prefix.parse("10.0.1.0/24" if family == 4 else "fd00:9::/64")
+    new = Route(block, gateway=block.base, device=kernel.tunnels[4])
+    old = new._replace(device=kernel.tunnels[16])
+    assert kernel.apply([Put(old)]) == []
+
+    def ways() -> list[str]:
+        """The routes there, in the kernel's order: the first is in force."""
+        listed = ip_json(f"-{4 if family == 4 else 6} route show {block}")
+        return [each["dev"] if each["type"] == "unicast" else each["type"] for each in listed]
+
+    covered, uncovered = rtnl.cover(new, 0)
+    with netlink.open_socket(socket.NETLINK_ROUTE, 1 << 16) as by_hand:
+        for message, after in (
+            (covered, ["flannel-v6.1", "blackhole"]),
+            (rtnl.clear(old, 0), ["blackhole"]),
+            (rtnl.put(new, 0), ["flannel.1", "blackhole"]),
+            (uncovered, ["flannel.1"]),
+        ):
+            by_hand.send(message)
+            assert ways() == after
+    assert kernel.apply([Put(old, afresh=True)]) == []
+    assert ways() == ["flannel-v6.1"]
+    refused = kernel.apply([Put(new._replace(device=99), afresh=True)])
+    assert [refusal.errno for refusal in refused] == [errno.ENODEV]
+    assert ways() == [], "and no cover"
 
 
 @pytest.mark.parametrize("more", ["advmss 1000", "mtu 1300 advmss 1000", "mtu lock 1300", "src 10.0.0.0"])

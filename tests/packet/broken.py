@@ -4,15 +4,17 @@ A check that cannot fail shows nothing: with such agents in a lab, the checks of
 for how a lab is told. Each fault alters one function of the agent, after its modules are loaded and before it starts.
 """
 
+import itertools
 import struct
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import agent
 from overlay import backends, kernel, rtnl
 from overlay.device import DeviceSpec
-from overlay.model import Entry, Fdb, Neighbour, Op, Refusal
+from overlay.model import Drop, Entry, Fdb, Neighbour, NextHop, Op, Put, Refusal, Route
 from subnet_lease.model import Lease, Prefix
 
 if TYPE_CHECKING:
@@ -105,6 +107,53 @@ def odd_device() -> None:
     kernel._create = lambda route, spec: usual(Oddly(route), spec)
 
 
+def wrong_order() -> None:
+    """Entries come and go in the opposite of their order, with a pause between the kinds."""
+    # The kernel takes no route before its nexthop.
+    kinds: list[type[Entry]] = [NextHop, Route, Neighbour, Fdb]
+    _apply_by(lambda op: kinds.index(type(op.entry)) if isinstance(op, Put) else -kinds.index(type(op.entry)), 0.1)
+
+
+def routes_first() -> None:
+    """Routes come before all else, by two seconds: more packets than can wait for a neighbour come meanwhile."""
+    _apply_by(lambda op: not (isinstance(op, Put) and isinstance(op.entry, Route | NextHop)), 2.0)
+
+
+def _apply_by(rank: Callable[[Op], int], pause: float) -> None:
+    usual = kernel.Kernel.apply
+
+    def apply(self: kernel.Kernel, ops: Sequence[Op]) -> list[Refusal]:
+        refusals = []
+        for _, group in itertools.groupby(sorted(ops, key=rank), key=rank):
+            refusals += usual(self, list(group))
+            time.sleep(pause)
+        return refusals
+
+    kernel.Kernel.apply = apply
+
+
+def remove_then_add() -> None:
+    """Routes are replaced by removing the old and adding the new."""
+    usual = kernel.Kernel.apply
+
+    def apply(self: kernel.Kernel, ops: Sequence[Op]) -> list[Refusal]:
+        usual(self, [Drop(op.entry) for op in ops if isinstance(op, Put) and isinstance(op.entry, Route)])
+        time.sleep(0.02)
+        return usual(self, ops)
+
+    kernel.Kernel.apply = apply
+
+
+def stale() -> None:
+    """Nothing is ever removed, and the agent believes that all was."""
+    usual = kernel.Kernel.apply
+
+    def apply(self: kernel.Kernel, ops: Sequence[Op]) -> list[Refusal]:
+        return usual(self, [op for op in ops if isinstance(op, Put)])
+
+    kernel.Kernel.apply = apply
+
+
 FAULTS: dict[str, Callable[[], None]] = {
     "wrong-vni": wrong_vni,
     "flooding": flooding,
@@ -112,6 +161,10 @@ FAULTS: dict[str, Callable[[], None]] = {
     "wrong-vtep": wrong_vtep,
     "heedless": heedless,
     "odd-device": odd_device,
+    "wrong-order": wrong_order,
+    "routes-first": routes_first,
+    "remove-then-add": remove_then_add,
+    "stale": stale,
 }
 
 

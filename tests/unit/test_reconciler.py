@@ -650,6 +650,18 @@ def test_underlay_that_gains_and_loses_a_family_gets_its_device_and_leaves_none_
     }  # fmt: skip
 
 
+def test_device_that_is_not_called_for_goes_once_nothing_is_refused_or_it_takes_too_long() -> None:
+    made = dual()
+    made.underlay = dataclasses.replace(BOTH, addresses=(LOCAL,))
+    # What the old device reaches may be reached by nothing else yet.
+    made.kernel.refuse[DUAL_PEERS[0].subnets[1]] = errno.EINVAL
+    made.post(made.underlay)
+    while made.later() < RETRY_MOST:
+        assert set(made.kernel.devices) == {"flannel.1", "flannel-v6.1"}
+    made.later()
+    assert set(made.kernel.devices) == {"flannel.1"}
+
+
 # --- other backends ---
 
 

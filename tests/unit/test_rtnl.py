@@ -118,6 +118,18 @@ def test_what_is_in_the_way_is_cleared_whoevers_route_it_is_where_that_is_called
     assert rtnl.clear(entry, number) == rtnl.drop(removed, number, ack=False)
 
 
+@given(ENTRIES, st.integers(0, 2**32 - 1))
+def test_only_routes_are_covered_while_they_are_away_and_under_no_key_of_ours(entry: Entry, number: int) -> None:
+    covers = rtnl.cover(entry, number)
+    if not isinstance(entry, Route):
+        assert covers == (b"", b"")
+        return
+    for buffer, kind, flags in zip(covers, (rtnl.NEWROUTE, rtnl.DELROUTE), (rtnl.CREATE, 0), strict=True):
+        built = only(buffer)
+        assert (built.kind, built.flags, built.sequence) == (kind, rtnl.REQUEST | flags, number)
+        assert rtnl.sight(buffer, built, TUNNELS) is None
+
+
 @pytest.mark.parametrize("build", [rtnl.put, rtnl.drop])
 def test_the_guard_has_no_place_in_routing_messages(build: Callable[[Entry, int], bytes]) -> None:
     with pytest.raises(ValueError, match="no matter of routing"):
