@@ -131,6 +131,7 @@ class Host(Place):
             *(("--iface", self.seat.device) if self.lab.underlay_options is None else self.lab.underlay_options),
             *("--subnet-file", str(self.subnet_file)),
             *("--state-dir", str(self.state_dir)),
+            *("--node-name", self.name),
             *("--healthz-port", "0"),
             *self.lab.agent_options,
             *options,

@@ -25,7 +25,7 @@ from overlay.cluster import (
     name_option,
     saved_state,
 )
-from overlay.cluster_hosts import LabError, Pod, macs_of
+from overlay.cluster_hosts import Host, LabError, Pod, macs_of
 from overlay.netns import NamespaceError, Process
 from overlay.text import table
 from overlay.topology import BACKENDS, FAMILIES, network_config
@@ -39,7 +39,7 @@ _PACKAGES = {"ip": "iproute2", "bridge": "iproute2", "etcd": "etcd-server", "pin
 
 
 def add_arguments(lab: argparse.ArgumentParser) -> None:
-    """`lab up|status|ping|exec|down|list|demo`, to be carried out by `command`."""
+    """`lab up|status|ping|exec|replay|down|list|demo`, to be carried out by `command`."""
     actions = lab.add_subparsers(dest="lab_action", metavar="ACTION", required=True)
 
     def action(name: str, text: str, *, named: bool = True, data: bool = True) -> argparse.ArgumentParser:
@@ -65,6 +65,15 @@ def add_arguments(lab: argparse.ArgumentParser) -> None:
     run = action("exec", "run a command on a host or in a pod", data=False)
     run.add_argument("place", metavar="HOST|POD", help="as h1, or h1p2; hub is where etcd runs")
     run.add_argument("argv", metavar="CMD", nargs=argparse.REMAINDER, help="as: -- ip route")
+    replay = action("replay", "put the frames of a capture file on a link of a lab")
+    replay.add_argument("file", metavar="FILE", help="pcap or pcapng; - is standard input")
+    link = replay.add_mutually_exclusive_group(required=True)
+    text = "as what this host or pod sends by a device, eth0 unless named: h1p1, or h2/eth0"
+    link.add_argument("--from", dest="source", metavar="PLACE[/DEVICE]", help=text)
+    link.add_argument("--into", metavar="HOST", help="as what comes to this host from the underlay")
+    text = "frames in a second (default: as far apart as in the file)"
+    replay.add_argument("--rate", type=_number(1, 10**7), metavar="PPS", help=text)
+    replay.add_argument("--count", type=_number(1, 10**9), metavar="N", help="no more than this many")
     action("down", "take a lab down, with all that belongs to it")
     action("list", "list the labs on this machine", named=False)
     text = "show it all in one go: a lab, its leases, its entries and a packet; then take it down"
@@ -87,6 +96,7 @@ def command(args: argparse.Namespace, connect: Connect) -> int:
         "status": _status,
         "ping": _ping,
         "exec": _exec,
+        "replay": _replay,
         "down": _down,
         "list": _list,
         "demo": _demo,
@@ -232,7 +242,8 @@ def ping_report(pings: Sequence[Ping]) -> str:
 
 
 def _exec(args: argparse.Namespace, connect: Connect) -> int:
-    place = Lab.existing(args.name, connect)[args.place]
+    lab = Lab.existing(args.name, connect)
+    place = lab[args.place]
     argv = args.argv[1:] if args.argv[:1] == ["--"] else args.argv
     if not argv:
         raise LabError(f"nothing to run; as in: {command_line()} lab exec {args.place} -- ip route")
@@ -240,7 +251,37 @@ def _exec(args: argparse.Namespace, connect: Connect) -> int:
         raise LabError(f"{argv[0]!r} is no command on this machine.")
     # Python ignores it; what runs here expects the default.
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    os.execvp("ip", place.inside(*argv))
+    # Our own commands are to look at the lab, not at the machine's cluster.
+    own = {
+        "OVERLAY_AGENT_CONFIG": os.devnull,
+        "OVERLAY_AGENT_ETCD_ENDPOINTS": lab.etcd_endpoint(),
+        "OVERLAY_AGENT_STATE_DIR": str(place.state_dir) if isinstance(place, Host) else os.devnull,
+    }
+    os.execvpe("ip", place.inside(*argv), {**os.environ, **own})
+
+
+def _replay(args: argparse.Namespace, connect: Connect) -> int:
+    from overlay import pcap  # Late: scapy comes with it.
+    from overlay.replay import replay
+
+    lab = Lab.existing(args.name, connect)
+    if args.into is not None:
+        if args.into not in [host.name for host in lab.hosts]:
+            raise LabError(f"lab {lab.name!r} has no host {args.into!r}; it has h1 to h{len(lab.hosts)}.")
+        place, device = lab.hub, args.into
+    else:
+        name, _, device = args.source.partition("/")
+        place, device = lab[name], device or "eth0"
+    try:
+        done = replay(place, device, pcap.read(args.file), rate=args.rate, count=args.count)
+    except pcap.NotACapture as error:
+        raise LabError(f"{args.file}: {error}.") from None
+    if args.json:
+        print(json.dumps({"place": place.name, "device": device, **done._asdict()}))
+    else:
+        more = f", {done.too_long} too long for the link" if done.too_long else ""
+        print(f"{done.sent} frames sent on {place.name}/{device} in {done.seconds:.2f} s{more}")
+    return 0 if done.sent else 1
 
 
 def _down(args: argparse.Namespace, connect: Connect) -> int:

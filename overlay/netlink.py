@@ -8,11 +8,9 @@ import socket
 import sys
 from collections.abc import Iterator
 
-from overlay import bpf
-from overlay.bpf import Do
+from overlay import bpf, sockets
 
 _SOL_NETLINK, _CAP_ACK = 270, 10
-_SO_SNDBUFFORCE, _SO_RCVBUFFORCE = 32, 33
 
 
 def open_socket(protocol: int, buffer: int) -> socket.socket:
@@ -20,11 +18,7 @@ def open_socket(protocol: int, buffer: int) -> socket.socket:
     sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
     # Without it an error brings the whole message back.
     sock.setsockopt(_SOL_NETLINK, _CAP_ACK, 1)
-    for forced, option in ((_SO_SNDBUFFORCE, socket.SO_SNDBUF), (_SO_RCVBUFFORCE, socket.SO_RCVBUF)):
-        try:
-            sock.setsockopt(socket.SOL_SOCKET, forced, buffer)
-        except PermissionError:
-            sock.setsockopt(socket.SOL_SOCKET, option, buffer)
+    sockets.enlarge(sock, buffer, sending=True)
     sock.bind((0, 0))
     return sock
 
@@ -49,12 +43,5 @@ def drop_from(monitor: socket.socket, source: socket.socket) -> None:
     """
     # The filter loads words in network order; the port id is in the host's.
     port = int.from_bytes(source.getsockname()[0].to_bytes(4, sys.byteorder), "big")
-    bpf.attach(
-        monitor,
-        (
-            Do(bpf.LOAD_WORD, 12),
-            Do(bpf.IF_EQUAL, port, otherwise=1),
-            Do(bpf.RETURN, bpf.NOTHING),
-            Do(bpf.RETURN, bpf.ALL),
-        ),
-    )
+    program = bpf.program(("", bpf.LD_WORD, 12, "", ""), ("", bpf.JEQ, port, "drop", "take"), bpf.TAKE, bpf.DROP)
+    sockets.attach(monitor, program)

@@ -141,12 +141,16 @@ class Namespace:
         found: list[dict[str, Any]] = json.loads(run_tool([argv[0], "-n", self.netns, "-j", *argv[1:]]) or "[]")
         return found
 
-    def packet_socket(self, device: str) -> socket.socket:
-        """A raw socket (AF_PACKET) that sees every frame on `device`, both ways."""
+    def packet_socket(self, device: str, *, hears: bool = True) -> socket.socket:
+        """A raw socket (AF_PACKET) that sends on `device`, and if it `hears` sees every frame on it, both ways."""
 
         def make() -> socket.socket:
-            raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(_ETH_P_ALL))
-            raw.bind((device, 0))
+            raw = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC)
+            try:
+                raw.bind((device, _ETH_P_ALL if hears else 0))
+            except OSError:
+                raw.close()
+                raise
             return raw
 
         return self.made(make)

@@ -1,8 +1,8 @@
 """Options of the command line: their declarations, and how a value is found among flags, environment and file.
 
-The fields of `EtcdOptions`, `HostOptions` and `Options` are the one table that the argument parser, the environment
-variables, the keys of the TOML file, the resolved values and `docs/configuration.md` are made from. Names and
-meanings are flannel's where flannel has the option (source: flannel `main.go`, 0.28).
+The fields of `EtcdOptions`, `HostOptions`, `CaptureOptions` and `Options` are the one table that the argument parser,
+the environment variables, the keys of the TOML file, the resolved values and `docs/configuration.md` are made from.
+Names and meanings are flannel's where flannel has the option (source: flannel `main.go`, 0.28).
 
 Nothing here reads the environment, a file or the host: arguments, environment and text come in, values or an
 `OptionError` go out.
@@ -120,7 +120,9 @@ def _boolean(text: str) -> bool:
     raise ValueError(f"{_quoted(text)} is neither true nor false")
 
 
-def _integer(low: int, high: int, unit: int = 1) -> Callable[[str], int]:
+def whole_number(low: int, high: int, unit: int = 1) -> Callable[[str], int]:
+    """What reads a number in this range, in `unit`s; it raises ValueError."""
+
     def read(text: str) -> int:
         if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or not low <= int(text) <= high:
             raise ValueError(f"{_quoted(text)} is not a whole number from {low} to {high}")
@@ -201,9 +203,9 @@ ADDRESS = Kind("ADDRESS", _address)
 IPV4 = Kind("ADDRESS", _ipv4)
 IPV6 = Kind("ADDRESS", _ipv6)
 BLOCKS = Kind("CIDR", _block, toml=list, repeatable=True)
-PORT = Kind("PORT", _integer(0, 65535), toml=int)
-MINUTES = Kind("MINUTES", _integer(1, 24 * 60 - 1, unit=60), toml=int)
-SECONDS = Kind("SECONDS", _integer(1, 365 * 86400), toml=int)
+PORT = Kind("PORT", whole_number(0, 65535), toml=int)
+MINUTES = Kind("MINUTES", whole_number(1, 24 * 60 - 1, unit=60), toml=int)
+SECONDS = Kind("SECONDS", whole_number(1, 365 * 86400), toml=int)
 INTERFACES = Kind("NAME|ADDRESS", _text, toml=list, repeatable=True)
 REGEXES = Kind("REGEX", _regex, toml=list, repeatable=True)
 ENDPOINTS = Kind("URL[,URL...]", _endpoint, toml=list, separator=",")
@@ -350,15 +352,9 @@ class HostOptions(EtcdOptions):
 
 
 @dataclass(frozen=True, slots=True)
-class Options(HostOptions):
-    """All options of `run`, resolved. `None` and empty tuples mean: not given."""
+class CaptureOptions(HostOptions):
+    """As `HostOptions`, and where the last table of peers is: what it takes to know the hosts while etcd is away."""
 
-    subnet_file: Annotated[
-        str,
-        Declaration(
-            "leases", FILE, "File for the container runtime, with the subnet, the MTU and whether to masquerade."
-        ),
-    ] = "/run/flannel/subnet.env"
     state_dir: Annotated[
         str,
         Declaration(
@@ -368,6 +364,18 @@ class Options(HostOptions):
             flannel=False,
         ),
     ] = "/var/lib/overlay-agent"
+
+
+@dataclass(frozen=True, slots=True)
+class Options(CaptureOptions):
+    """All options of `run`, resolved. `None` and empty tuples mean: not given."""
+
+    subnet_file: Annotated[
+        str,
+        Declaration(
+            "leases", FILE, "File for the container runtime, with the subnet, the MTU and whether to masquerade."
+        ),
+    ] = "/run/flannel/subnet.env"
     subnet_lease_ttl: Annotated[
         int, Declaration("leases", SECONDS, "How long the lease of the subnet outlives the agent.", flannel=False)
     ] = 86400

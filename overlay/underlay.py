@@ -14,8 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from overlay import bpf, iproute, netlink
-from overlay.bpf import Do
+from overlay import bpf, iproute, netlink, sockets
 from overlay.device import Underlay
 from subnet_lease.model import Prefix, format_address, pack_address
 
@@ -243,15 +242,13 @@ def _without_other_routes(sock: socket.socket) -> None:
     """
     swapped = int.from_bytes(struct.pack("=H", _NEWROUTE), "big")
     other = int.from_bytes(struct.pack("=H", _NEWROUTE + 1), "big")
-    bpf.attach(
-        sock,
-        (
-            Do(bpf.LOAD_HALF, 4),
-            Do(bpf.IF_EQUAL, swapped, then=1),
-            Do(bpf.IF_EQUAL, other, otherwise=2),
-            Do(bpf.LOAD_BYTE, 17),
-            Do(bpf.IF_EQUAL, 0, otherwise=1),
-            Do(bpf.RETURN, bpf.ALL),
-            Do(bpf.RETURN, bpf.NOTHING),
-        ),
+    program = bpf.program(
+        ("", bpf.LD_HALF, 4, "", ""),
+        ("", bpf.JEQ, swapped, "route", ""),
+        ("", bpf.JEQ, other, "route", "take"),
+        ("route", bpf.LD_BYTE, 17, "", ""),
+        ("", bpf.JEQ, 0, "take", "drop"),
+        bpf.TAKE,
+        bpf.DROP,
     )
+    sockets.attach(sock, program)

@@ -9,12 +9,12 @@ import struct
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import agent
 from overlay import backends, kernel, rtnl
 from overlay.device import DeviceSpec
-from overlay.model import Drop, Entry, Fdb, Neighbour, NextHop, Op, Put, Refusal, Route
+from overlay.model import Drop, Entry, Fdb, Neighbour, NextHop, Op, Put, Refusal, Route, Sight
 from subnet_lease.model import Lease, Prefix
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ _EVERYBODY = bytes(6)
 remotes (vxlan_xmit)."""
 
 _APPEND = 0x800  # NLM_F_APPEND in linux/netlink.h
-_REACHABLE, _NOARP = 0x02, 0x40  # NUD_REACHABLE and NUD_NOARP in linux/neighbour.h
 _FLAGS_AT = 6  # struct nlmsghdr
 
 
@@ -41,20 +40,23 @@ def wrong_vni() -> None:
 
 def flooding() -> None:
     """Every remote is one for frames that nobody is known for, as if peers were to be found by asking all."""
-    usual = rtnl.put
+    usual, seen = rtnl.put, rtnl.sight
 
     def put(entry: Entry, sequence: int, *, ack: bool = True) -> bytes:
         message = usual(entry, sequence, ack=ack)
         if isinstance(entry, Fdb):
-            # Not as a permanent entry: the agent takes these for its own, and away.
-            remote = entry._replace(at=(entry.at[0], _EVERYBODY), state=_REACHABLE | _NOARP)
-            more = bytearray(usual(remote, sequence, ack=False))
+            more = bytearray(usual(entry._replace(at=(entry.at[0], _EVERYBODY)), sequence, ack=False))
             # A remote more, for the kernel replaces none of these (vxlan_fdb_update_existing).
             struct.pack_into("=H", more, _FLAGS_AT, rtnl.REQUEST | rtnl.CREATE | _APPEND)
             message += more
         return message
 
-    rtnl.put = put
+    def sight(*message: Any) -> Sight | None:
+        # The agent would remove it again.
+        found = seen(*message)
+        return None if isinstance(found, Fdb) and found.at[1] == _EVERYBODY else found
+
+    rtnl.put, rtnl.sight = put, sight
 
 
 def missing_neighbour() -> None:

@@ -12,6 +12,7 @@ processor's own), so a `Wire` keeps its thread on one.
 import itertools
 import os
 import select
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -28,6 +29,7 @@ from scapy.packet import Packet
 from scapy.utils import PcapNgWriter
 
 from overlay.cluster_hosts import Host, Place, Pod
+from overlay.dissect import dissect
 from overlay.tap import Tap
 
 SECONDS = 5.0
@@ -82,12 +84,13 @@ def mac_of(place: Place, device: str) -> str:
 
 @dataclass(eq=False)
 class Seen:
-    """One frame that passed a link. `time_ns` since the epoch, by the kernel."""
+    """One frame that passed a link. `time_ns` since the epoch, by the kernel; `unfinished` as in `tap.Frame`."""
 
     link: "Link"
     time_ns: int
     outgoing: bool
     data: bytes
+    unfinished: bool = False
 
     @cached_property
     def packet(self) -> Packet:
@@ -98,7 +101,8 @@ class Seen:
 
     def __str__(self) -> str:
         way = "out" if self.outgoing else "in"
-        return f"{self.time_ns / 1e9:.6f}  {self.link.name:<10} {way:<3}  {self.packet.summary()}"
+        told = dissect(self.data, unfinished=self.unfinished)
+        return f"{self.time_ns / 1e9:.6f}  {self.link.name:<10} {way:<3}  {told}"
 
 
 @dataclass(eq=False)
@@ -114,9 +118,9 @@ class Link:
         self._tap = self.place.made(lambda: Tap(self.device))
 
     @cached_property
-    def _outlet(self) -> Tap:
+    def _outlet(self) -> socket.socket:
         # A socket does not see what it sends itself.
-        return self.place.made(lambda: Tap(self.device))
+        return self.place.packet_socket(self.device, hears=False)
 
     def close(self) -> None:
         """Stop watching."""
@@ -138,8 +142,8 @@ class Link:
 
     def read(self) -> Iterator[Seen]:
         """What has come since the last time. AssertionError if the kernel had to drop any."""
-        for time_ns, outgoing, data in self._tap.read():
-            self.seen.append(Seen(self, time_ns, outgoing, data))
+        for frame in self._tap.read():
+            self.seen.append(Seen(self, frame.time_ns, frame.outgoing, frame.data, frame.unfinished))
             yield self.seen[-1]
         assert self._tap.lost == 0, f"{self._tap.lost} frames on {self.name} were lost to the capture"
 

@@ -32,3 +32,23 @@ def test_password_that_every_user_can_read_is_refused(tmp_path: Path, mode: int,
         assert "hush" not in str(caught.value)
     else:
         assert agent._password(options) == "hush-hush"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (["--filter", "tcp or udp"], 2, "--filter: there is no 'or'"),
+        (["--count", "0"], 2, "--count: '0' is not a whole number from 1"),
+        (["--port", "65536"], 2, "--port: '65536' is not a whole number from 1 to 65535"),
+        (["--quiet", "--json"], 2, "--quiet: with --json there would be nothing to print"),
+        (["--read", "/none"], 1, "/none: no such file or directory"),
+        (["--read", __file__], 1, "it is no pcap or pcapng file"),
+    ],
+)
+def test_capture_refuses_what_makes_no_sense(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, options: list[str], code: int, says: str
+) -> None:
+    nobody = ["--config", "/dev/null", "--etcd-endpoints", "http://127.0.0.1:1", "--state-dir", str(tmp_path)]
+    assert agent.main(["capture", *nobody, *options]) == code
+    out, error = capsys.readouterr()
+    assert says in error and out == "" and len(error.splitlines()) <= 2
