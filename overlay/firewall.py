@@ -1,7 +1,7 @@
 """What this host's firewall must do for the overlay, as texts for `nft` and `iptables-restore`, and what it cannot do.
 
-Owns the table `inet overlay_agent`, whole: masquerading, the guard of the tunnels' port, and the two sets of addresses
-both go by. The text replaces all rules in one transaction whatever stood there, so that applying it twice, or after
+Owns the table `inet overlay_agent`, whole: masquerading, the guard of the tunnels, and the two sets of addresses both
+go by. The text replaces all rules in one transaction whatever stood there, so that applying it twice, or after
 another version, ends in the same state; the sets' elements stay, which `nfnl` changes one by one.
 
 Forwarding is accepted elsewhere. An accept in one table does not undo a drop in another's chain on the same hook, so
@@ -29,8 +29,16 @@ early lacks elements without a word (nft_rhash_walk in net/netfilter/nft_set_has
 STRANGERS = "strangers"
 """Counter: packets to the tunnels' port from addresses that no host of the cluster has."""
 
+IMPOSTORS = "impostors"
+"""Counter: packets out of a tunnel whose source lies in this host's own subnets."""
+
+STRAYS = "strays"
+"""Counter: packets out of a tunnel for the overlay's networks, but not for this host's subnets."""
+
 MASQUERADED = "masqueraded"
 """Counter: connections (nat chains see the first packet of each) that got this host's address."""
+
+COUNTERS = (STRANGERS, IMPOSTORS, STRAYS, MASQUERADED)
 
 FORWARD_CHAIN = "OVERLAY-AGENT-FWD"
 """Our chain in the `filter` tables of iptables. Upper case, as all who have chains there write theirs."""
@@ -46,10 +54,11 @@ _MULTICAST = {4: "224.0.0.0/4", 16: "ff00::/8"}
 class Rules:
     """All that the table depends on, but for the elements of its sets.
 
-    `blocks` are the overlay's networks and `subnets` this host's parts of them, one for each address family in use.
+    `blocks` are the overlay's networks and `subnets` this host's parts of them, one of each address family in use.
     `devices` are our tunnel devices, all with UDP port `port`; a host that routes without tunnels has none, and nothing
     to guard. `exceptions` are destinations outside the overlay to which pods keep their addresses. `guard`: tunnel
-    packets from strangers are counted and dropped (`on`), counted, logged and let in (`log`), or not looked at (`off`).
+    packets from strangers, and packets in tunnels that are no peer's to send here, are counted and dropped (`on`),
+    counted, logged and let in (`log`), or not looked at (`off`).
     """
 
     blocks: tuple[Prefix, ...]
@@ -85,7 +94,7 @@ def ruleset(rules: Rules) -> str:
         return removal()
     parts = _vessels()
     if rules.guarded:
-        parts += _guard(rules)
+        parts += _guard(rules) + _arrivals(rules)
     if rules.masquerade:
         parts += _postrouting(rules)
     return f"table {TABLE}\nflush table {TABLE}\ntable {TABLE} {{\n{_indented(parts)}\n}}\n"
@@ -103,13 +112,14 @@ def _indented(lines: Iterable[str]) -> str:
 def _vessels() -> list[str]:
     """Sets and counters: what lasts while rules are replaced."""
     sets = [f"set {name} {{ type ipv{_version(length)}_addr; size {SET_SIZE}; }}" for length, name in SETS.items()]
-    return [*sets, f"counter {STRANGERS} {{ }}", f"counter {MASQUERADED} {{ }}"]
+    return [*sets, *(f"counter {name} {{ }}" for name in COUNTERS)]
 
 
-_STRANGER = {
-    "on": "drop",
-    "log": 'limit rate 1/second burst 5 packets log prefix "overlay-agent stranger: " level warn',
-}
+def _verdict(rules: Rules, what: str) -> str:
+    """What happens to a packet that has been counted; `what` it is, for the log."""
+    if rules.guard == "on":
+        return "drop"
+    return f'limit rate 1/second burst 5 packets log prefix "overlay-agent {what}: " level warn'
 
 
 def _guard(rules: Rules) -> list[str]:
@@ -128,9 +138,42 @@ def _guard(rules: Rules) -> list[str]:
         "chain tunnel {",
         *(f"  {_FAMILIES[length]} saddr @{name} accept" for length, name in SETS.items()),
         f'  counter name "{STRANGERS}"',
-        f"  {_STRANGER[rules.guard]}",
+        f"  {_verdict(rules, 'stranger')}",
         "}",
     ]
+
+
+def _arrivals(rules: Rules) -> list[str]:
+    """What comes out of the tunnels, before anything is made of it: translated, tracked, routed.
+
+    No peer has pods in our subnet, and pods take a packet with such a source for one of their own host's. (The kernel
+    refuses the host's own addresses as martians, and those for IPv4 only.) Nor has a peer reason to send us what is for
+    another's pods: hosts send to each other directly. What a service here turns towards a pod elsewhere is not turned
+    yet at this hook. Hosts may send from any of their addresses, so sources outside the overlay are let be.
+    """
+    refused = []
+    for block, subnet in (
+        (block, subnet) for block in rules.blocks for subnet in rules.subnets if block.covers(subnet)
+    ):
+        source, target = (f"{_FAMILIES[len(block.base)]} {side}" for side in ("saddr", "daddr"))
+        refused += [
+            f'  {source} {subnet} counter name "{IMPOSTORS}" {_verdict(rules, "impostor")}',
+            f'  {target} {block} {target} != {subnet} counter name "{STRAYS}" {_verdict(rules, "stray")}',
+        ]
+    return [
+        "chain arrivals {",
+        "  type filter hook prerouting priority raw; policy accept;",
+        f"  iifname {_names(rules.devices)} jump arrived",
+        "}",
+        "chain arrived {",
+        *refused,
+        "}",
+    ]
+
+
+def _names(devices: Iterable[str]) -> str:
+    """A set of interface names. Not of indexes: a device may be made anew."""
+    return "{ " + ", ".join(f'"{name}"' for name in devices) + " }"
 
 
 def _postrouting(rules: Rules) -> list[str]:
@@ -149,8 +192,7 @@ def _masquerade(rules: Rules, block: Prefix) -> list[str]:
     length = len(block.base)
     source, target = f"{_FAMILIES[length]} saddr", f"{_FAMILIES[length]} daddr"
     hosts = f"@{SETS[length]}"
-    devices = ", ".join(f'"{name}"' for name in rules.devices)
-    way_out = f"oifname != {{ {devices} }} " if devices else ""
+    way_out = f"oifname != {_names(rules.devices)} " if rules.devices else ""
     masquerade = f'counter name "{MASQUERADED}" masquerade fully-random'
     exceptions = [exception for exception in rules.exceptions if len(exception.base) == length]
     subnets = [subnet for subnet in rules.subnets if len(subnet.base) == length]

@@ -412,8 +412,8 @@ class Options(CaptureOptions):
         Declaration(
             "dataplane",
             GUARD,
-            "Tunnel packets from addresses that are no peer's: on drops and counts them, log counts and logs them, "
-            "off lets them be (for underlays that rewrite source addresses).",
+            "Tunnel packets from addresses that are no peer's, and those that no peer has reason to send: on drops and "
+            "counts them, log counts and logs them, off lets them be (for underlays that rewrite source addresses).",
             flannel=False,
         ),
     ] = "on"

@@ -60,16 +60,21 @@ class Family:
         return socket.AF_INET if self.v == 4 else socket.AF_INET6
 
     @property
+    def whole(self) -> int:
+        """The bits of an address."""
+        return 32 if self.v == 4 else 128
+
+    @property
     def all(self) -> str:
         return "0.0.0.0/0" if self.v == 4 else "::/0"
 
 
 FOUR = Family(
-    4, "10.0.0.0/8", "10.0.1.1", "10.0.1.5", "10.0.2.1", "10.0.2.5",
+    4, "10.0.0.0/8", "10.0.1.1", "10.0.1.5", "10.0.1.0", "10.0.2.5",
     "172.30.0.1", "172.30.0.2", "192.0.2.1", "192.0.2.9", 24,
 )  # fmt: skip
 SIX = Family(
-    6, "fd00::/48", "fd00:0:0:1::1", "fd00:0:0:1::5", "fd00:0:0:2::1", "fd00:0:0:2::5",
+    6, "fd00::/48", "fd00:0:0:1::1", "fd00:0:0:1::5", "fd00:0:0:1::", "fd00:0:0:2::5",
     "fd30::1", "fd30::2", "2001:db8::1", "2001:db8::9", 64,
 )  # fmt: skip
 FAMILIES = (FOUR, SIX)
@@ -96,7 +101,10 @@ class Place:
 
 @pytest.fixture
 def place() -> Iterator[Place]:
-    """The test lives in the host. `tunnel` stands for the VXLAN device: a name is all that rules see of it."""
+    """The test lives in the host. `tunnel` stands for the VXLAN device: a name is all that rules see of it.
+
+    As such a device has, it has the first address of the host's subnet, alone.
+    """
     with (
         new_namespace() as host,
         new_namespace() as pod, entered(host),
@@ -116,12 +124,16 @@ def place() -> Iterator[Place]:
             veth(link, f"far-{link}")
             ip(f"link set far-{link} netns /proc/{os.getpid()}/fd/{inside}")
             for family, (near, far) in zip(FAMILIES, ends, strict=True):
-                ip(f"addr add {near}/{family.length} dev {link} nodad")
+                ip(f"addr add {near}/{family.whole if link == 'tunnel' else family.length} dev {link} nodad")
+                if link == "tunnel":
+                    ip(f"-{family.v} route add {Prefix.parse(f'{far}/{family.length}', strict=False)} dev {link}")
                 with entered(inside):
                     ip(f"addr add {far}/{family.length} dev far-{link} nodad")
                     ip(f"link set far-{link} up")
-                    if link != "under0":
-                        ip(f"-{family.v} route add {family.all if link != 'tunnel' else family.block} via {near}")
+                    if link == "tunnel":
+                        ip(f"-{family.v} route add {family.block} via {near} dev far-{link} onlink")
+                    elif link != "under0":
+                        ip(f"-{family.v} route add {family.all} via {near}")
         for name in ("ipv4/ip_forward", "ipv6/conf/all/forwarding"):
             Path("/proc/sys/net", name).write_text("1")
         yield Place(host, pod, peer, world)
@@ -467,7 +479,7 @@ def test_guard_without_masquerading_holds_fragments_too(place: Place, family: Fa
         nftables.apply(complete(replace(RULES, masquerade=False), HOSTS))
         assert reaches(place, family, "peer", family.peer, family.underlay, 4000)
         assert not reaches(place, family, "world", family.world, family.uplink, 4000)
-        assert nftables.counters() == {firewall.STRANGERS: 1, firewall.MASQUERADED: 0}
+        assert nftables.counters() == {**dict.fromkeys(firewall.COUNTERS, 0), firewall.STRANGERS: 1}
 
 
 @both_families
@@ -494,6 +506,90 @@ def test_other_ports_and_loopback_are_not_guarded(place: Place, family: Family) 
     assert reaches(place, family, "world", family.world, family.uplink, 50, port=4789)
     assert reaches(place, family, "host", loopback, loopback, 50)
     assert reaches(place, family, "host", family.uplink, family.uplink, 50)
+
+
+def arrives(place: Place, family: Family, source: str, receiver: str, target: str) -> bool:
+    """Whether a datagram from the far end of the tunnel, from this source there, arrives."""
+    with entered(place.peer):
+        if source != family.far_pod:
+            # Not on the link, where it would be used to ask for neighbours as well.
+            ip(f"addr replace {source}/{family.whole} dev lo")
+        ip(f"-{family.v} route replace {target} via {family.tunnel} dev far-tunnel onlink")
+    far = opened(place.peer, family, socket.SOCK_DGRAM, source)
+    listening = opened(getattr(place, receiver), family, socket.SOCK_DGRAM, target, SERVICE)
+    pods = opened(place.pod, family, socket.SOCK_DGRAM, family.pod, SERVICE + 1)
+    other = opened(place.peer, family, socket.SOCK_DGRAM, family.far_pod)
+    with far, listening, pods, other:
+        far.sendto(b"it", (target, SERVICE))
+        # What comes by one link keeps its order: it is there when this is, or has been dropped.
+        other.sendto(b"after it", (family.pod, SERVICE + 1))
+        assert pods.recvfrom(64)[0] == b"after it"
+        # From the host to the receiver it may be on its way yet.
+        return bool(select.select([listening], [], [], NOTHING_COMES)[0])
+
+
+FORGED = {
+    firewall.IMPOSTORS: lambda family: (OURS[family.v], "pod", family.pod),
+    firewall.STRAYS: lambda family: (family.far_pod, "world", THEIRS[family.v]),
+}
+"""What a peer has no reason to send us: (source, receiver, target), by the counter that counts it."""
+
+OURS = {4: "10.0.1.77", 6: "fd00:0:0:1::77"}
+THEIRS = {4: "10.0.3.5", 6: "fd00:0:0:3::5"}
+
+
+def leads_on(place: Place, family: Family) -> None:
+    """The host has a way to a third host's pod, as it has in a cluster."""
+    ip(f"-{family.v} route add {THEIRS[family.v]} via {family.world}")
+    with entered(place.world):
+        ip(f"addr add {THEIRS[family.v]}/{family.whole} dev far-up0 nodad")
+
+
+@both_families
+@pytest.mark.parametrize("counter", FORGED)
+def test_what_no_peer_has_reason_to_send_is_dropped_and_counted(place: Place, family: Family, counter: str) -> None:
+    leads_on(place, family)
+    with contextlib.closing(Nftables()) as nftables:
+        nftables.apply(complete(RULES, HOSTS))
+        assert arrives(place, family, family.far_pod, "pod", family.pod)
+        assert not arrives(place, family, *FORGED[counter](family))
+        assert nftables.counters() == {**dict.fromkeys(firewall.COUNTERS, 0), counter: 1}
+
+
+@both_families
+@pytest.mark.parametrize("guard", ["log", "off"])
+@pytest.mark.parametrize("counter", FORGED)
+def test_guard_that_does_not_drop_lets_it_in(place: Place, family: Family, guard: str, counter: str) -> None:
+    leads_on(place, family)
+    with contextlib.closing(Nftables()) as nftables:
+        nftables.apply(complete(replace(RULES, guard=guard, masquerade=False), HOSTS))
+        assert arrives(place, family, *FORGED[counter](family))
+        assert nftables.counters().get(counter, 0) == (guard == "log")
+
+
+@both_families
+def test_other_ways_into_the_host_bring_what_they_like(place: Place, family: Family) -> None:
+    """On a router, the same packet by another link is nobody's concern here: the peer may route without a tunnel."""
+    with contextlib.closing(Nftables()) as nftables:
+        nftables.apply(complete(replace(RULES, devices=("elsewhere",)), HOSTS))
+        assert arrives(place, family, OURS[family.v], "pod", family.pod)
+
+
+@both_families
+def test_service_asked_for_through_the_tunnel_may_lead_to_a_pod_elsewhere(place: Place, family: Family) -> None:
+    """A port of the host's address in the overlay that leads to another host's pod, as kube-proxy makes them."""
+    leads_on(place, family)
+    name = "ip" if family.v == 4 else "ip6"
+    where = THEIRS[family.v] if family.v == 4 else f"[{THEIRS[family.v]}]"
+    nft.apply(complete(RULES, HOSTS))
+    nft.apply(
+        f"table {name} service {{ chain c {{ type nat hook prerouting priority dstnat; "
+        f"{name} daddr {family.cni} udp dport {SERVICE} dnat to {where}:{SERVICE}; }};"
+        f"chain d {{ type nat hook postrouting priority srcnat; {name} daddr {THEIRS[family.v]} masquerade; }}; }}\n"
+    )
+    with entered(place.peer):
+        ip(f"-{family.v} route replace {family.cni} via {family.tunnel} dev far-tunnel onlink")
+    assert datagram(place, family, "peer", family.far_pod, "world", THEIRS[family.v], ask=family.cni) == family.uplink
 
 
 @both_families

@@ -1,6 +1,7 @@
 """The texts, and what is read out of others' rule sets; what they do to packets is tested in network namespaces."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ def test_sets_and_counters_are_there_before_any_rule() -> None:
     text = preparation(ONE)
     assert "set peers4 { type ipv4_addr; size 65536; }" in text
     assert "set peers6 { type ipv6_addr; size 65536; }" in text
-    assert "counter strangers" in text and "counter masqueraded" in text
+    assert re.findall(r"counter (\w+)", text) == ["strangers", "impostors", "strays", "masqueraded"]
     assert "chain" not in text and "flush" not in text
 
 
@@ -117,6 +118,29 @@ def test_guard_that_only_logs_lets_strangers_in_at_a_limited_rate_of_lines() -> 
     assert counted == 'counter name "strangers"'
     assert logged.startswith("limit rate 1/second")
     assert "drop" not in logged
+
+
+def test_tunnels_bring_nothing_from_our_own_subnets_nor_for_those_of_others() -> None:
+    text = ruleset(DUAL)
+    assert rules_of(text, "arrivals") == ['iifname { "flannel.7", "flannel-v6.7" } jump arrived']
+    assert rules_of(text, "arrived") == [
+        'ip saddr 10.0.1.0/24 counter name "impostors" drop',
+        'ip daddr 10.0.0.0/8 ip daddr != 10.0.1.0/24 counter name "strays" drop',
+        'ip6 saddr fd00:0:0:1::/64 counter name "impostors" drop',
+        'ip6 daddr fd00::/48 ip6 daddr != fd00:0:0:1::/64 counter name "strays" drop',
+    ]
+
+
+def test_what_tunnels_bring_is_only_counted_and_logged_where_strangers_are() -> None:
+    impostors, strays = rules_of(ruleset(replace(ONE, guard="log")), "arrived")
+    assert impostors.startswith('ip saddr 10.0.1.0/24 counter name "impostors" limit rate 1/second')
+    assert strays.startswith('ip daddr 10.0.0.0/8 ip daddr != 10.0.1.0/24 counter name "strays" limit rate 1/second')
+    assert "drop" not in impostors + strays
+    assert "arriv" not in ruleset(replace(ONE, guard="off"))
+
+
+def test_subnet_outside_the_overlays_networks_has_no_rules_of_arrival() -> None:
+    assert not re.search(r"counter name \"(impostors|strays)\"", ruleset(replace(ONE, blocks=(V6,))))
 
 
 def test_guard_needs_no_masquerading_and_masquerading_no_guard() -> None:
