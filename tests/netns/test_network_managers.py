@@ -169,8 +169,11 @@ def dhcpcd(configuration: Path) -> Iterator[Callable[[], str]]:
     log = configuration.with_name("log")
     # Of udev, which is none of this namespace's, it is to know nothing.
     configuration.write_text(configuration.read_text() + "nodev\n")
-    # Its socket, its leases and its process id stay in here.
-    script = 'mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /var/lib && exec dhcpcd --nobackground --debug -f "$1"'
+    # Its socket, its leases and its process id stay in here; its hooks, which would write /etc/resolv.conf, do not run.
+    script = """
+    mount -t tmpfs tmpfs /run && mount -t tmpfs tmpfs /var/lib && mount --bind -o ro /etc /etc
+    exec dhcpcd --nobackground --debug --script /bin/true -f "$1"
+    """
     command = ["unshare", "--mount", "sh", "-e", "-c", script, "sh", str(configuration)]
     with log.open("w") as output, subprocess.Popen(command, stdout=output, stderr=output) as daemon:
 
