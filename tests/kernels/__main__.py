@@ -65,11 +65,21 @@ OVERLAY = tuple(
 
 LINKS = ("tests/netns/test_underlay.py::test_other_kinds_of_links_carry_the_overlay_as_well", "--every-link")
 
-CORE = Pass("the core scenarios", ("tests/netns/test_dataplane_contract.py", *LINKS, *OVERLAY, "tests/packet"))
+PACKETS = tuple(
+    f"tests/packet/test_encapsulation.py::test_{name}"
+    for name in (
+        "vxlan_header_has_the_i_flag_and_the_vni_and_no_other_bit",
+        "outer_header_leads_from_vtep_to_vtep_as_the_leases_have_them",
+        "inner_frame_is_from_mac_to_mac_and_holds_the_pods_packet_less_a_hop_at_each_host",
+        "nothing_is_ever_flooded",
+    )
+)
+
+CORE = Pass("the core scenarios", ("tests/netns/test_dataplane_contract.py", *LINKS, *OVERLAY, *PACKETS))
 BAD_LINKS = Pass("links that lose, delay, reorder and repeat", ("tests/kernels/bad_links.py",))
 PLAIN_ROUTES = Pass(
     "without nexthop objects",
-    ("tests/kernels/plain_routes.py", "tests/kernels/bad_links.py", "tests/packet"),
+    ("tests/kernels/plain_routes.py", "tests/kernels/bad_links.py", *PACKETS),
     agent_options="--nexthop-objects=false",
 )
 PASSES = (CORE, BAD_LINKS, PLAIN_ROUTES)
