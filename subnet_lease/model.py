@@ -10,7 +10,6 @@ Text appears only where people or JSON are.
 
 import ipaddress
 import json
-import re
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -555,8 +554,6 @@ def decode_attrs(value: bytes, *, extras: bool = True) -> LeaseAttrs:
     if value.count(b"{") + value.count(b"[") > MAX_NESTED:
         # Whoever compares or prints it later must not run out of stack.
         raise LeaseInvalid(f"the value holds more than {MAX_NESTED} objects and lists")
-    if not extras and (usual := _usual_attrs(value)) is not None:
-        return usual
     try:
         fields = _json_object(value)
     except ValueError as error:
@@ -569,6 +566,7 @@ def decode_attrs(value: bytes, *, extras: bool = True) -> LeaseAttrs:
     public_ip = _address(pop("PublicIP", None), "PublicIP", 4)
     if public_ip is None:
         raise LeaseInvalid("PublicIP is missing")
+    mtu = pop("MTU", 0)
     return LeaseAttrs(
         public_ip if public_ip != NO_ADDRESS else None,
         # A few names and numbers in thousands of leases.
@@ -576,34 +574,9 @@ def decode_attrs(value: bytes, *, extras: bool = True) -> LeaseAttrs:
         _vtep(pop("BackendData", None), "BackendData"),
         _address(pop("PublicIPv6", None), "PublicIPv6", 16),
         _vtep(pop("BackendV6Data", None), "BackendV6Data"),
-        _mtu(pop("MTU", 0)),
+        _KNOWN_MTUS.setdefault(mtu, mtu) if type(mtu) is int and mtu in MTUS else 0,
         fields if extras and fields else NO_EXTRAS,
     )
-
-
-_USUAL_VALUE = re.compile(
-    r'\{"PublicIP":"([0-9.]+)","PublicIPv6":null,"BackendType":"(\w+)",'
-    r'"BackendData":\{"VNI":(0|[1-9][0-9]{0,7}),"VtepMAC":"((?:[0-9a-f]{2}:){5}[0-9a-f]{2})"\}'
-    r'(?:,"MTU":([1-9][0-9]{1,4}),"NodeName":"[\w. -]*","AgentVersion":"[\w. -]*")?\}',
-    re.ASCII,
-)
-"""What agents write for a host with an IPv4 underlay, flannel's and ours: nearly all values, letter for letter."""
-
-
-def _usual_attrs(value: bytes) -> LeaseAttrs | None:
-    """What the long way makes of it, in a third of the time; None if it must go that way."""
-    found = _USUAL_VALUE.fullmatch(value.decode("latin-1"))
-    if found is None:
-        return None
-    address, backend_type, vni, mac, mtu = found.groups()
-    try:
-        public_ip = pack_address(address)
-    except ValueError:
-        return None
-    if public_ip == NO_ADDRESS or (number := int(vni)) >= 1 << 24:
-        return None
-    vtep = Vtep(number, bytes.fromhex(mac.replace(":", "")))
-    return LeaseAttrs(public_ip, sys.intern(backend_type), vtep, None, None, _mtu(int(mtu or 0)))
 
 
 NO_ADDRESS = bytes(4)
@@ -611,11 +584,6 @@ NO_ADDRESS = bytes(4)
 
 _KNOWN_MTUS: dict[int, int] = {}
 """One object for each number that leases have given; see MTUS for how many there can be."""
-
-
-def _mtu(value: object) -> int:
-    """0 for what cannot be one."""
-    return _KNOWN_MTUS.setdefault(value, value) if type(value) is int and value in MTUS else 0
 
 
 def _address(value: object, name: str, size: int) -> bytes | None:
