@@ -111,11 +111,17 @@ class TlsFiles:
         except ssl.SSLCertVerificationError as error:
             return _distrust(error, endpoint, host, self.cafile)
         except ssl.SSLError as error:
-            return _refusal(error.reason or "", endpoint, self.certfile)
+            if told := _refusal(error.reason or "", endpoint, self.certfile):
+                return told
+            broken: str | None = f"the TLS handshake with {endpoint} fails"
         except OSError:
             # Nobody listens, or he says nothing: not for want of certificates.
+            broken = None
+        else:
             return None
-        return None
+        if _answers_in_plain(host, port):
+            return f"{endpoint} does not speak TLS; an endpoint without it begins with http://"
+        return broken
 
 
 def _end_of(path: str) -> float:
@@ -138,12 +144,20 @@ def _distrust(error: ssl.SSLCertVerificationError, endpoint: str, host: str, caf
     return f"the certificate of {endpoint} is not signed by the CA in {cafile}"
 
 
+def _answers_in_plain(host: str, port: int) -> bool:
+    """Whether who listens there speaks HTTP without TLS. What it makes of a handshake depends on how it is cut up."""
+    try:
+        with socket.create_connection((host, port), HANDSHAKE_S) as plain:
+            plain.sendall(b"GET /version HTTP/1.0\r\n\r\n")
+            return plain.recv(5) == b"HTTP/"
+    except OSError:
+        return False
+
+
 def _refusal(reason: str, endpoint: str, certfile: str | None) -> str:
-    """Why the server breaks the handshake off. `reason` is OpenSSL's."""
+    """Why the server breaks the handshake off, as far as `reason`, which is OpenSSL's, tells; else empty."""
     if "CERTIFICATE_REQUIRED" in reason or ("BAD_CERTIFICATE" in reason and certfile is None):
         return f"{endpoint} wants a client certificate: give --etcd-certfile and --etcd-keyfile"
     if "ALERT" in reason and certfile is not None:
         return f"{endpoint} does not accept the certificate in {certfile}: expired, or of a CA that it does not know"
-    if reason in ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "UNEXPECTED_EOF_WHILE_READING"):
-        return f"{endpoint} does not speak TLS; an endpoint without it begins with http://"
-    return f"the TLS handshake with {endpoint} fails"
+    return ""

@@ -33,7 +33,7 @@ LAST_WORDS = "killed where it was to be killed\n"
 
 READY = "overlay.notify:Notifier.ready"
 
-_APPLY_BATCH = "overlay.kernel:Kernel._apply_batch"
+_BATCH = "overlay.kernel:Kernel._exchange"
 
 POINTS = {
     "config read": Point("subnet_lease.etcd:EtcdStore.read_config"),
@@ -48,21 +48,21 @@ POINTS = {
     "guard's sets made": Point("overlay.nft:Nftables.apply"),
     "kernel read": Point("overlay.tracker:Tracker.saw_all"),
     "guard told, nothing routed": Point("overlay.nft:Nftables.put"),
-    "before the first batch": Point(_APPLY_BATCH, after=False),
-    "after the first batch of several": Point(_APPLY_BATCH, batch=3),
-    "after the third batch of several": Point(_APPLY_BATCH, call=3, batch=3),
+    "before the first batch": Point(_BATCH, after=False),
+    "after the first batch of several": Point(_BATCH, batch=3),
+    "after the third batch of several": Point(_BATCH, call=3, batch=3),
     "after all batches, before settling": Point("overlay.tracker:Tracker.settle", after=False),
     "before the firewall's rules": Point("overlay.nft:Nftables.apply", after=False, call=2),
     "firewall loaded": Point("overlay.nft:Nftables.apply", call=2),
     "subnet file written, not in place": Point("pathlib:Path.rename", after=False),
     "subnet file in place, not ready": Point("overlay.subnet_file:write"),
     "ready": Point(READY),
-    "drift seen, nothing repaired": Point(_APPLY_BATCH, after=False, once_ready=True),
-    "drift repaired in part": Point(_APPLY_BATCH, once_ready=True, batch=1),
-    "leave seen, nothing dropped": Point(_APPLY_BATCH, after=False, once_ready=True),
-    "leave: route dropped": Point(_APPLY_BATCH, once_ready=True, batch=1),
-    "leave: all but the fdb entry dropped": Point(_APPLY_BATCH, call=3, once_ready=True, batch=1),
-    "join: fdb entry put": Point(_APPLY_BATCH, once_ready=True, batch=1),
+    "drift seen, nothing repaired": Point(_BATCH, after=False, once_ready=True),
+    "drift repaired in part": Point(_BATCH, once_ready=True, batch=1),
+    "leave seen, nothing dropped": Point(_BATCH, after=False, once_ready=True),
+    "leave: route dropped": Point(_BATCH, once_ready=True, batch=1),
+    "leave: all but the fdb entry dropped": Point(_BATCH, call=3, once_ready=True, batch=1),
+    "join: fdb entry put": Point(_BATCH, once_ready=True, batch=1),
 }
 
 

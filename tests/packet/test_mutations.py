@@ -103,7 +103,7 @@ class Storm:
         self._stack = contextlib.ExitStack()
         # It has no links: it keeps this thread on one processor, so that fences are worth something.
         self._stack.enter_context(Wire())
-        self._outlet = self._stack.enter_context(host.lab.hub.made(lambda: Tap(host.name)))
+        self._outlet = self._stack.enter_context(host.lab.hub.packet_socket(host.name, hears=False))
         self._port = self._stack.enter_context(host.lab.hub.made(lambda: Tap(host.name)))
         self._pods: dict[Pod, Tap] = {
             pod: self._stack.enter_context(pod.made(lambda: Tap("eth0", incoming=True))) for pod in host.pods
