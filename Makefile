@@ -14,7 +14,7 @@ SOURCES := agent.py overlay subnet_lease tests
 
 # program:package
 PROGRAMS := ip:iproute2 bridge:iproute2 etcd:etcd-server nft:nftables ping:iputils-ping
-test: PROGRAMS += etcdctl:etcd-client openssl:openssl ethtool:ethtool dhcpcd:dhcpcd-base systemd-analyze:systemd iptables-legacy:iptables
+test: PROGRAMS += etcdctl:etcd-client openssl:openssl ethtool:ethtool dhcpcd:dhcpcd-base systemd-analyze:systemd iptables-legacy:iptables promtool:prometheus
 
 # What "CORE" means stands once, in the first import contract.
 CORE = $(shell $(BIN)/python -c 'import tomllib; \
@@ -57,9 +57,10 @@ kernels: PROGRAMS += qemu-system-x86_64:qemu-system-x86 busybox:busybox-static
 kernels: root system .venv/dev.stamp ## the core scenarios, and bad links, on Debian's kernel in an emulator; needs root
 	$(BIN)/python -m tests.kernels $(if $(PACKAGE),--package $(PACKAGE))
 
-docs: .venv/run.stamp ## regenerate the configuration reference and the example from the options
+docs: .venv/run.stamp ## regenerate the references of options and metrics, and the example
 	$(BIN)/python -m overlay.reference > docs/configuration.md
 	$(BIN)/python -m overlay.reference example > deploy/overlay-agent.toml
+	$(BIN)/python -m overlay.reference metrics > docs/metrics.md
 
 # `make lock UV_OPTIONS=--upgrade` moves to the newest versions; without it only what pyproject.toml calls for changes.
 lock: ## bring the lock files in line with pyproject.toml
@@ -121,20 +122,23 @@ clean: ## remove .venv and all that was built
 root:
 	@[ "$$(id -u)" = 0 ] || { echo "Network namespaces need root: sudo make $(MAKECMDGOALS)"; exit 1; }
 
-# Debian's etcd-server starts a service of its own as it is installed. A mask set before keeps systemd from doing so,
-# RUNLEVEL=1 an older init; then the unit is as any other that nobody has enabled.
+# Debian's etcd-server and prometheus start services of their own as they are installed. A mask set before keeps systemd
+# from doing so, RUNLEVEL=1 an older init; then the unit is as any other that nobody has enabled.
 system:
 	@missing=$$(for pair in $(PROGRAMS); do command -v "$${pair%:*}" >/dev/null || echo "$${pair#*:}"; done | sort -u); \
 	$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || missing+=" python3-venv"; \
 	if [ -n "$$missing" ]; then \
-	  echo "Installing through apt:" $$missing; quiet=; \
+	  echo "Installing through apt:" $$missing; quiet=(); \
 	  command -v apt-get >/dev/null || { echo "There is no apt-get here; install them your own way."; exit 1; }; \
-	  if [[ $$missing = *etcd-server* ]] && command -v systemctl >/dev/null; then \
-	    echo "The etcd service that comes with the package will not be started or enabled."; \
-	    quiet=yes; systemctl mask --quiet etcd.service; fi; \
+	  if command -v systemctl >/dev/null; then \
+	    [[ $$missing = *etcd-server* ]] && quiet+=(etcd.service); \
+	    [[ $$missing = *prometheus* ]] && quiet+=(prometheus.service); fi; \
+	  if (($${#quiet[@]})); then \
+	    echo "What comes with the packages will not be started or enabled:" $${quiet[@]}; \
+	    systemctl mask --quiet $${quiet[@]}; fi; \
 	  apt-get update --quiet --quiet; \
 	  RUNLEVEL=1 DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --quiet --no-install-recommends $$missing; \
-	  if [ -n "$$quiet" ]; then systemctl unmask --quiet etcd.service; systemctl disable --quiet etcd.service; fi; \
+	  if (($${#quiet[@]})); then systemctl unmask --quiet $${quiet[@]}; systemctl disable --quiet $${quiet[@]}; fi; \
 	fi
 
 # What is measured has nothing in its environment but what a host has: a tool of ours may change what a library imports.

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from overlay.roster import Roster
     from overlay.selection import Wanted
     from overlay.sysctl import Ledger
+    from overlay.vitals import Vitals
     from subnet_lease.cache import Cached, CacheWriter
     from subnet_lease.etcd import EtcdStore
     from subnet_lease.keeper import Identity, Keeper
@@ -54,8 +55,8 @@ if TYPE_CHECKING:
 
 Chosen = TypeVar("Chosen", bound=EtcdOptions)
 
-STALLED = 30.0
-"""Seconds without a pass after which the reconciler counts as hung: it makes one every few seconds when idle."""
+PATIENCE_S = 30.0
+"""How long is waited for the reconciler's answer: a first pass may take seconds."""
 
 
 class Refusal(Exception):
@@ -236,7 +237,10 @@ def _options(kind: type[Chosen], arguments: argparse.Namespace) -> Chosen:
 # --- edges that several commands build ---------------------------------------------------------------------------
 
 
-def _store(options: EtcdOptions) -> "EtcdStore":
+def _store(
+    options: EtcdOptions, observe: Callable[[str, float, str], None] = lambda request, seconds, failure: None
+) -> "EtcdStore":
+    """The store of these options; `observe` as in `EtcdStore`."""
     # grpc writes to stderr as it likes, a line for each handshake that fails; what matters of that is said by us.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from subnet_lease.etcd import EtcdStore
@@ -253,6 +257,7 @@ def _store(options: EtcdOptions) -> "EtcdStore":
             keyfile=options.etcd_keyfile,
             username=options.etcd_username,
             password=_password(options),
+            observe=observe,
         )
     except StoreConfigInvalid as error:
         raise OptionError(f"--etcd-{error.option}", error.reason) from None
@@ -339,11 +344,14 @@ def run(options: Options) -> int:
     with ExitStack() as stack:
         stack.enter_context(_claim())
         stack.callback(notifier.stopping)
-        store = _store(options)
+        loops = Loops()
+        vitals = _vitals(options, loops)
+        store = _store(options, vitals.requested)
         stack.callback(store.close)
-        loops = stack.enter_context(Loops())
+        stack.enter_context(loops)
+        _serve_health(options, vitals, stack)
         try:
-            _run(options, store, notifier, loops, stack)
+            _run(options, store, notifier, loops, vitals)
         except Terminated:
             return 0
         except LoopFailed as failed:
@@ -352,7 +360,7 @@ def run(options: Options) -> int:
             ) from None
 
 
-def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loops", stack: ExitStack) -> NoReturn:
+def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loops", vitals: "Vitals") -> NoReturn:
     """Build the edges, take the lease, start the loops, and watch over them until one fails or a signal comes."""
     import structlog
 
@@ -377,7 +385,11 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
     for variable, reason in ignored_environment(os.environ).items():
         log.warning("variable_ignored", variable=variable, reason=reason)
 
-    value, cached = _first_config(options, store, notifier, loops, log)
+    def waiting(reason: str) -> None:
+        vitals.waiting_for = reason
+        notifier.status(f"waiting for {reason}")
+
+    value, cached = _first_config(options, store, waiting, loops, log)
     config = _usable_config(options, value)
     preferred = subnet_file.read(options.subnet_file)
     # What lies in the subnets this host has had is its pods', even if it gets others.
@@ -425,11 +437,12 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
         assumed=cached.own if cached else None,
         on_lease=held,
     )
-    notifier.status("waiting for a subnet")
+    waiting("a subnet")
     if cached:
+        vitals.table_from -= max(0.0, time.time() - cached.written)
         had.extend(cached.own.subnets)
         first.append((cached.own, None))
-    loops.start("keeper", keeper.run, keeper.stop)
+    loops.start("keeper", keeper.run, keeper.stop, keeper.pulse)
     while not first:
         loops.pause(None)
     with handover:
@@ -442,24 +455,28 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
             lease,
             prepare=surroundings.prepare,
             protect=surroundings.protect,
-            on_ready=_announcement(options, config, notifier, [checksums.changed, surroundings.look_around], log),
+            on_ready=_announcement(
+                options, config, notifier, [vitals.planned, checksums.changed, surroundings.look_around], log
+            ),
             clock=time.monotonic,
             # Without tunnels there is nothing to guard, and without masquerading then no table to list anything in.
             listed=options.ip_masq or (options.source_guard != "off" and backend.tunnels),
             nexthops=options.nexthop_objects,
+            passes=vitals.passes,
         )
         watcher = Watcher(store, deliver, first=snapshot)
     if cached:
         reconciler.post(cached.snapshot)
-    loops.start("surroundings", surroundings.run, surroundings.stop)
+    vitals.lease, vitals.table, vitals.state = keeper, watcher, lambda: reconciler.state
+    loops.start("surroundings", surroundings.run, surroundings.stop, surroundings.pulse)
     # This function lasts as long as the agent; all leases in raw form need not.
     snapshot = cached = None
     notifier.status(f"setting up {lease}")
-    loops.start("reconciler", reconciler.run, lambda: reconciler.post(Stop()))
-    loops.start("watcher", watcher.run, watcher.stop)
+    loops.start("reconciler", reconciler.run, lambda: reconciler.post(Stop()), reconciler.pulse)
+    loops.start("watcher", watcher.run, watcher.stop, watcher.pulse)
     if options.state_dir:
         writer = _table_cache(options, lambda: value, keeper, reconciler, log)
-        loops.start("cache", writer.run, writer.stop)
+        loops.start("cache", writer.run, writer.stop, writer.pulse)
 
     def reconfigured(new: bytes | None) -> None:
         nonlocal config, value
@@ -470,6 +487,7 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
         if changed is not None:
             presence.config = config = changed
             value = new
+            vitals.config_changes += 1
             keeper.use(config=config)
             reconciler.post(config)
 
@@ -480,6 +498,7 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
         nonlocal underlay
         _say_underlay(log, "underlay_changed", found)
         gone = set(underlay.addresses) - set(found.addresses)
+        vitals.underlay_changes += 1
         presence.underlay = underlay = found
         # The device first: what peers learn from the lease must be true by then.
         reconciler.post(found)
@@ -490,23 +509,22 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
         watcher.relist()
 
     config_watch = ConfigWatch(store, value, reconfigured, lambda reason: log.warning("store_denied", reason=reason))
-    loops.start("config", config_watch.run, config_watch.stop)
+    loops.start("config", config_watch.run, config_watch.stop, config_watch.pulse)
     events = Monitor()
     loops.at_end(events.close)
     underlay_watch = UnderlayWatch(events, find, (NoUnderlay, Unfit), underlay, moved, log)
-    loops.start("underlay", underlay_watch.run, underlay_watch.stop)
+    loops.start("underlay", underlay_watch.run, underlay_watch.stop, underlay_watch.pulse)
     if options.checksum_probe:
-        loops.start("checksums", checksums.run, checksums.stop)
-    _serve_health(options, reconciler, loops, stack)
+        loops.start("checksums", checksums.run, checksums.stop, checksums.pulse)
     while True:
         if loops.pause(notifier.watchdog_interval):
             config_watch.check()
-        if _alive(reconciler, loops)[0]:
+        if vitals.healthz()[0]:
             notifier.beat()
 
 
 def _first_config(
-    options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loops", log: Any
+    options: Options, store: "EtcdStore", waiting: Callable[[str], None], loops: "Loops", log: Any
 ) -> "tuple[bytes, Cached | None]":
     """The network configuration as the operator wrote it, waited for as long as etcd or the key is missing.
 
@@ -531,7 +549,7 @@ def _first_config(
         if outage.failed(time.monotonic()) or reason != said:
             said = reason
             log.warning("waiting_for_config", reason=reason)
-            notifier.status(f"waiting: {reason}")
+            waiting(f"the network configuration: {reason}")
         loops.pause(backoff.delay())
 
 
@@ -607,7 +625,7 @@ def _table_cache(
 
     def collect() -> "tuple[Cached, list[Lease]] | None":
         lease, ends_at, now = keeper.lease, keeper.ends_at, time.time()
-        found = reconciler.survey(STALLED)
+        found = reconciler.survey(PATIENCE_S)
         if found is None or lease is None:
             return None
         until = None if lease.reserved else now + ends_at - boot_clock()
@@ -727,34 +745,44 @@ def _trim_memory() -> None:
         trim(0)
 
 
-def _serve_health(options: Options, reconciler: "Reconciler", loops: "Loops", stack: ExitStack) -> None:
+def _vitals(options: Options, loops: "Loops") -> "Vitals":
+    """What tells how the agent is, of one that is about to start."""
+    from overlay import process
+    from overlay.nft import NftFailed, Questions
+    from overlay.vitals import Vitals
+
+    def counters() -> dict[str, int]:
+        # With a socket of its own: the other is the reconciler's.
+        try:
+            with closing(Questions()) as questions:
+                return questions.counters()
+        except NftFailed:
+            return {}
+
+    return Vitals(
+        overlay.__version__,
+        options.readyz_max_age,
+        loops.troubles,
+        time.monotonic,
+        usage=process.usage,
+        devices=process.device_counts,
+        firewall=counters,
+    )
+
+
+def _serve_health(options: Options, vitals: "Vitals", stack: ExitStack) -> None:
     if not options.healthz_port:
         return
     from overlay.health import HealthServer, HealthUnavailable
+    from overlay.metrics import CONTENT_TYPE
 
-    def ready() -> tuple[bool, str]:
-        state = reconciler.state
-        counts = (
-            f"{state.peers} peers, {state.entries} entries, {state.gap} not in place, "
-            f"{state.rejected} leases rejected, {state.unreachable} unreachable"
-        )
-        return state.ready, f"{'ready' if state.ready else 'not ready'}: {state.trouble or counts}"
-
-    pages = {"/healthz": lambda: _alive(reconciler, loops), "/readyz": ready}
-    server = HealthServer(options.healthz_ip, options.healthz_port, pages)
+    pages = {"/healthz": vitals.healthz, "/readyz": vitals.readyz, "/metrics": vitals.metrics}
+    server = HealthServer(options.healthz_ip, options.healthz_port, pages, {"/metrics": CONTENT_TYPE})
     try:
         server.start()
     except HealthUnavailable as error:
         raise Refusal(str(error)) from None
     stack.callback(server.stop)
-
-
-def _alive(reconciler: "Reconciler", loops: "Loops") -> tuple[bool, str]:
-    """Whether all loops run; the reconciler must also have made a pass lately."""
-    if loops.failed:
-        return False, f"failed: {loops.failed}"
-    idle = time.monotonic() - reconciler.state.beat
-    return idle < STALLED, f"last pass {idle:.0f} s ago"
 
 
 # --- cleanup -----------------------------------------------------------------------------------------------------

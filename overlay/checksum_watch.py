@@ -5,6 +5,7 @@ Owns when and whom to ask. `offload` measures and switches, `checksums` decides.
 
 import random
 import threading
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from overlay.checksums import Finding, Verdict
 from overlay.model import Neighbour
 from overlay.offload import OffloadRefused
 from overlay.reconciler import Census, Plan
+from subnet_lease.pulse import LOCAL_WORK_S, Pulse
 
 ASKED = 3
 """Peers: one that is down must not keep a fault hidden."""
@@ -43,6 +45,7 @@ class ChecksumWatch:
         self._wake = threading.Event()
         self._stopped = False
         self._plan: Plan | None = None
+        self.pulse = Pulse(LOCAL_WORK_S, time.monotonic)
         self.findings: Mapping[str, Finding] = {}
 
     def changed(self, plan: Plan) -> None:
@@ -54,7 +57,7 @@ class ChecksumWatch:
         """Examine each device after each change, until it is answered."""
         pause: float | None = None
         while True:
-            changed = self._wake.wait(pause)
+            changed = self.pulse.wait(self._wake, pause)
             self._wake.clear()
             if self._stopped:
                 return

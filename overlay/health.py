@@ -1,4 +1,4 @@
-"""The health endpoint: GET /healthz and /readyz for kubelets, load balancers and people.
+"""The health endpoint: GET /healthz, /readyz and /metrics for kubelets, load balancers, Prometheus and people.
 
 One thread serves all connections without waiting on any: each has a few seconds, a few kilobytes and one request,
 and beyond a fixed number the oldest makes room. So neither slow nor hostile clients can hang it or grow it. It speaks
@@ -15,7 +15,9 @@ import time
 from collections.abc import Callable, Mapping
 
 Page = Callable[[], tuple[bool, str]]
-"""Whether all is well, and a text for people. Called in the server's thread: it must not block."""
+"""Whether all is well, and a text. Called in the server's thread: it must not block."""
+
+PLAIN = "text/plain; charset=utf-8"
 
 MAX_CONNECTIONS = 64
 MAX_REQUEST_BYTES = 8192
@@ -29,11 +31,15 @@ class HealthUnavailable(Exception):
 
 
 class HealthServer:
-    """Serves `pages`, a function for each path, on one TCP port from `start` until `stop`."""
+    """Serves `pages`, a function for each path, on one TCP port from `start` until `stop`.
 
-    def __init__(self, ip: str, port: int, pages: Mapping[str, Page]) -> None:
+    `types` are the content types of those that are not PLAIN.
+    """
+
+    def __init__(self, ip: str, port: int, pages: Mapping[str, Page], types: Mapping[str, str] | None = None) -> None:
         self._address = (ip, port)
         self._pages = pages
+        self._types = types or {}
         self._listener: socket.socket | None = None
         self._waker: socket.socket | None = None
         self._thread: threading.Thread | None = None
@@ -59,7 +65,7 @@ class HealthServer:
         listener.setblocking(False)
         self._listener = listener
         self._waker, wakened = socket.socketpair()
-        loop = _Loop(listener, wakened, self._pages)
+        loop = _Loop(listener, wakened, self._pages, self._types)
         self._thread = threading.Thread(target=loop.run, name="health", daemon=True)
         self._thread.start()
 
@@ -98,10 +104,13 @@ class _Connection:
 class _Loop:
     """The server's thread: all of its state, none of it shared."""
 
-    def __init__(self, listener: socket.socket, wakened: socket.socket, pages: Mapping[str, Page]) -> None:
+    def __init__(
+        self, listener: socket.socket, wakened: socket.socket, pages: Mapping[str, Page], types: Mapping[str, str]
+    ) -> None:
         self._listener = listener
         self._wakened = wakened
         self._pages = pages
+        self._types = types
         self._selector = selectors.DefaultSelector()
         # In order of their deadlines, as all have the same time.
         self._connections: dict[socket.socket, _Connection] = {}
@@ -192,7 +201,8 @@ class _Loop:
             return _response(400, "this is not an HTTP/1 request")
         method, target, _ = words
         head = method == "HEAD"
-        page = self._pages.get(target.partition("?")[0])
+        path = target.partition("?")[0]
+        page = self._pages.get(path)
         if page is None:
             return _response(404, f"there is only {', '.join(self._pages)}", head=head)
         if method not in ("GET", "HEAD"):
@@ -202,7 +212,7 @@ class _Loop:
         except Exception as error:
             # A defect in a check is a failed check; it must not end the thread that all checks hang on.
             well, text = False, f"the check itself failed: {type(error).__name__}"
-        return _response(200 if well else 503, text, head=head)
+        return _response(200 if well else 503, text, head=head, kind=self._types.get(path, PLAIN) if well else PLAIN)
 
     def _drop_oldest(self) -> None:
         oldest = next(iter(self._connections.values()), None)
@@ -215,12 +225,12 @@ class _Loop:
         connection.socket.close()
 
 
-def _response(status: int, text: str, *, head: bool = False) -> bytes:
+def _response(status: int, text: str, *, head: bool = False, kind: str = PLAIN) -> bytes:
     body = text.encode() + b"\n"
     allow = "Allow: GET, HEAD\r\n" if status == 405 else ""
     lines = (
         f"HTTP/1.1 {status} {_REASONS[status]}\r\n"
-        "Content-Type: text/plain; charset=utf-8\r\n"
+        f"Content-Type: {kind}\r\n"
         f"Content-Length: {len(body)}\r\n"
         f"Cache-Control: no-store\r\n{allow}Connection: close\r\n\r\n"
     )

@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import structlog
 
+from subnet_lease.pulse import Pulse
+
 END_SIGNALS = frozenset((signal.SIGTERM, signal.SIGINT))
 RELOAD_SIGNAL = signal.SIGHUP
 
@@ -33,6 +35,7 @@ class Loops:
         self._last: list[Callable[[], None]] = []
         self._awaited, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self.failed = ""
+        self._pulses: dict[str, tuple[threading.Thread, Pulse | None]] = {}
 
     def __enter__(self) -> "Loops":
         signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
@@ -61,8 +64,8 @@ class Loops:
         """Do `work` once the threads have ended."""
         self._last.append(work)
 
-    def start(self, name: str, body: Callable[[], None], stop: Callable[[], None]) -> None:
-        """Run `body` in a thread until `stop` makes it return."""
+    def start(self, name: str, body: Callable[[], None], stop: Callable[[], None], pulse: Pulse | None = None) -> None:
+        """Run `body` in a thread until `stop` makes it return. `pulse` is its sign of life."""
 
         def guarded() -> None:
             try:
@@ -75,6 +78,14 @@ class Loops:
         thread = threading.Thread(target=guarded, name=name, daemon=True)
         thread.start()
         self._threads.append((thread, stop))
+        self._pulses[name] = thread, pulse
+
+    def troubles(self) -> dict[str, str]:
+        """Each loop by its name, with why it counts as dead; empty for one that is alive. From any thread."""
+        return {
+            name: "its thread has ended" if not thread.is_alive() else pulse.trouble() if pulse else ""
+            for name, (thread, pulse) in list(self._pulses.items())
+        }
 
     def wake(self) -> None:
         """End the main thread's present or next `pause`. From any thread."""

@@ -63,78 +63,20 @@ class Seen:
     lost: bool = False
 
 
-class Nftables:
-    """The nftables of this network namespace. Raises NftFailed where the kernel has none."""
+class Questions:
+    """A socket to ask the nftables of this network namespace by. Raises NftFailed where the kernel has none."""
 
-    def __init__(self) -> None:
+    def __init__(self, buffer: int = 1 << 20) -> None:
         try:
-            self._commands = netlink.open_socket(_NETLINK_NETFILTER, BUFFER)
-            self._monitor = netlink.open_socket(_NETLINK_NETFILTER, BUFFER)
-            netlink.drop_from(self._monitor, self._commands)
-            self._monitor.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, nfnl.GROUP)
+            self._commands = netlink.open_socket(_NETLINK_NETFILTER, buffer)
         except OSError as error:
             raise NftFailed(f"nfnetlink cannot be used: {error.strerror}") from error
         self._commands.settimeout(10)
-        self._monitor.setblocking(False)
         self._sequence = 0
-        self._unread: list[nfnl.Event] = []
-        self._lost = False
 
     def close(self) -> None:
-        """Close both sockets."""
+        """Close the socket."""
         self._commands.close()
-        self._monitor.close()
-
-    # --- the rule set ---
-
-    def apply(self, ruleset: str) -> None:
-        """Replace our table in one transaction, or remove it: all of `ruleset`, or nothing and NftFailed.
-
-        What others did to the table until then is forgotten with it, and `observe` says nothing of it.
-        """
-        self._drain()
-        self._drain(own=_load(ruleset))
-
-    def has_table(self) -> bool:
-        """Whether our table exists."""
-        return self._is_there("table", nfnl.ask_table)
-
-    def forward_versions(self) -> frozenset[int]:
-        """The IP versions for which `iptables-nft` keeps a FORWARD chain."""
-        return frozenset(
-            version for version in (4, 6) if self._is_there("chain FORWARD", partial(nfnl.ask_forward, version))
-        )
-
-    def _is_there(self, what: str, request: Callable[[int], bytes]) -> bool:
-        number = self._number()
-        code, _ = self._exchange(request(number), number)
-        if code not in (0, errno.ENOENT):
-            raise _refused(what, code)
-        return code == 0
-
-    # --- elements and counters ---
-
-    def put(self, added: Collection[bytes], removed: Collection[bytes] = ()) -> None:
-        """Put packed addresses into our sets, then take others out, in one transaction; either may be so already.
-
-        Raises TableGone, or NftFailed if the kernel refuses; then none of it was done.
-        """
-        if not added and not removed:
-            return
-        number, end = self._number(), self._number()
-        code, _ = self._exchange(nfnl.batch(added, removed, number, end), number, end)
-        if code:
-            raise _refused("elements", code)
-
-    def dump(self) -> set[bytes]:
-        """All packed addresses in our sets. Raises TableGone, or NftFailed."""
-        found: set[bytes] = set()
-        for length in firewall.SETS:
-            for answer in self._dump("elements", partial(nfnl.dump_elements, length)):
-                seen = nfnl.event(*answer)
-                if isinstance(seen, nfnl.Elements):
-                    found.update(seen.addresses)
-        return found
 
     def counters(self) -> dict[str, int]:
         """Packets counted since the table was last loaded, by the name of the counter; empty without a table."""
@@ -171,6 +113,78 @@ class Nftables:
                     answers.append(_Answer(buffer, message))
         except OSError as error:
             raise NftFailed(f"nfnetlink: {error.strerror or error}") from error
+
+
+class Nftables(Questions):
+    """The nftables of this network namespace. Raises NftFailed where the kernel has none."""
+
+    def __init__(self) -> None:
+        super().__init__(BUFFER)
+        try:
+            self._monitor = netlink.open_socket(_NETLINK_NETFILTER, BUFFER)
+            netlink.drop_from(self._monitor, self._commands)
+            self._monitor.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, nfnl.GROUP)
+        except OSError as error:
+            raise NftFailed(f"nfnetlink cannot be used: {error.strerror}") from error
+        self._monitor.setblocking(False)
+        self._unread: list[nfnl.Event] = []
+        self._lost = False
+
+    def close(self) -> None:
+        """Close both sockets."""
+        super().close()
+        self._monitor.close()
+
+    # --- the rule set ---
+
+    def apply(self, ruleset: str) -> None:
+        """Replace our table in one transaction, or remove it: all of `ruleset`, or nothing and NftFailed.
+
+        What others did to the table until then is forgotten with it, and `observe` says nothing of it.
+        """
+        self._drain()
+        self._drain(own=_load(ruleset))
+
+    def has_table(self) -> bool:
+        """Whether our table exists."""
+        return self._is_there("table", nfnl.ask_table)
+
+    def forward_versions(self) -> frozenset[int]:
+        """The IP versions for which `iptables-nft` keeps a FORWARD chain."""
+        return frozenset(
+            version for version in (4, 6) if self._is_there("chain FORWARD", partial(nfnl.ask_forward, version))
+        )
+
+    def _is_there(self, what: str, request: Callable[[int], bytes]) -> bool:
+        number = self._number()
+        code, _ = self._exchange(request(number), number)
+        if code not in (0, errno.ENOENT):
+            raise _refused(what, code)
+        return code == 0
+
+    # --- elements ---
+
+    def put(self, added: Collection[bytes], removed: Collection[bytes] = ()) -> None:
+        """Put packed addresses into our sets, then take others out, in one transaction; either may be so already.
+
+        Raises TableGone, or NftFailed if the kernel refuses; then none of it was done.
+        """
+        if not added and not removed:
+            return
+        number, end = self._number(), self._number()
+        code, _ = self._exchange(nfnl.batch(added, removed, number, end), number, end)
+        if code:
+            raise _refused("elements", code)
+
+    def dump(self) -> set[bytes]:
+        """All packed addresses in our sets. Raises TableGone, or NftFailed."""
+        found: set[bytes] = set()
+        for length in firewall.SETS:
+            for answer in self._dump("elements", partial(nfnl.dump_elements, length)):
+                seen = nfnl.event(*answer)
+                if isinstance(seen, nfnl.Elements):
+                    found.update(seen.addresses)
+        return found
 
     # --- the monitor ---
 

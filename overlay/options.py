@@ -437,10 +437,22 @@ class Options(CaptureOptions):
             flannel=False,
         ),
     ] = True
-    healthz_ip: Annotated[str, Declaration("health", ADDRESS, "Address that /healthz and /readyz are served on.")] = (
-        "127.0.0.1"
-    )
-    healthz_port: Annotated[int, Declaration("health", PORT, "Port of /healthz and /readyz; 0 serves none.")] = 0
+    healthz_ip: Annotated[
+        str, Declaration("health", ADDRESS, "Address that /healthz, /readyz and /metrics are served on.")
+    ] = "127.0.0.1"
+    healthz_port: Annotated[
+        int, Declaration("health", PORT, "Port of /healthz, /readyz and /metrics; 0 serves none.")
+    ] = 0
+    readyz_max_age: Annotated[
+        int,
+        Declaration(
+            "health",
+            SECONDS,
+            "How old the table of peers may become, while etcd is away, before /readyz says that this host is not "
+            "ready. Packets are forwarded as before.",
+            flannel=False,
+        ),
+    ] = 300
 
 
 Chosen = TypeVar("Chosen", bound=EtcdOptions)

@@ -12,7 +12,7 @@ import errno
 import queue
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
 import structlog
@@ -20,9 +20,11 @@ import structlog
 from overlay.backends import Here, backend_of, ours
 from overlay.device import DeviceSpec, Underlay, overlay_mtu
 from overlay.kernel import DeviceOccupied, KernelRefused
+from overlay.metrics import Passes
 from overlay.model import Entry, Guard, NextHop, Op, Put, Refusal, Route, Seen
 from overlay.tracker import Drift, Tracker
 from subnet_lease.model import Lease, NetworkConfig, Prefix
+from subnet_lease.pulse import Pulse
 from subnet_lease.store import Changes, Snapshot
 from subnet_lease.table import Host, LeaseTable
 
@@ -43,6 +45,9 @@ HEARTBEAT = 5.0
 
 SHOWN = 4
 """How many drifted or refused entries, or rejected leases, one log line names."""
+
+PASS_S = 30.0
+"""Longest that a pass may take: the first one with 15,000 peers takes two seconds."""
 
 SHOWN_KEY = 64
 """How much of a key that may be anybody's is shown."""
@@ -104,6 +109,7 @@ class State:
     drift: int = 0
     revision: int = 0
     trouble: str = ""
+    rejected_by: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +130,7 @@ class Reconciler:
     written (sysctls, the guard's sets); `protect(plan)` on the same occasions, once the entries are in place, for what
     would be in the way before (firewall rules); `on_ready(plan)` after the first pass that tried everything, and again
     after the plan changed. `listed`: whether the firewall wants to know the hosts' addresses. `nexthops`: whether
-    routes may go through nexthop objects, where the kernel has them.
+    routes may go through nexthop objects, where the kernel has them. `passes` takes the counts of what was done.
     """
 
     def __init__(
@@ -140,6 +146,7 @@ class Reconciler:
         clock: Callable[[], float],
         listed: bool = False,
         nexthops: bool = True,
+        passes: Passes | None = None,
     ) -> None:
         self._kernel = kernel
         self._config = config
@@ -151,7 +158,12 @@ class Reconciler:
         self._listed = listed
         self._nexthops = nexthops and kernel.has_nexthops()
         self._log = structlog.get_logger("reconciler")
-        self._mailbox: deque[Fact] = deque()
+        self.passes = passes or Passes()
+        self._mailbox: deque[tuple[Fact, float]] = deque()
+        """Facts, and when they were posted."""
+        self._since: float | None = None
+        """When the first change of leases was posted that the next pass carries out."""
+        self.pulse = Pulse(PASS_S, clock)
         self._tracker = Tracker(lambda entry: ours(entry, self._here) and not self._keeps(entry))
         self._unreachable: set[str] = set()
         self._plan = Plan((), (), "", 0)
@@ -207,7 +219,7 @@ class Reconciler:
 
     def post(self, fact: Fact) -> None:
         """Hand over a fact. Facts of one thread are taken in their order."""
-        self._mailbox.append(fact)
+        self._mailbox.append((fact, self._clock()))
         self._kernel.interrupt()
 
     def survey(self, seconds: float) -> Census | None:
@@ -230,7 +242,10 @@ class Reconciler:
         """Until a `Stop` is posted. Failures of the kernel are reported and tried again; anything else is a defect."""
         while True:
             # A first look, and one after a doubt, waits for nothing but the pause after a failure.
-            self._kernel.wait(self._retry or (0.0 if self._doubt else HEARTBEAT))
+            pause = self._retry or (0.0 if self._doubt else HEARTBEAT)
+            self.pulse.rest(pause)
+            self._kernel.wait(pause)
+            self.pulse.work()
             if not self._read_mail():
                 return
             try:
@@ -238,6 +253,7 @@ class Reconciler:
             except (KernelRefused, DeviceOccupied) as trouble:
                 self._doubt = True
                 self._postpone()
+                self.passes.failed()
                 if str(trouble) != self.state.trouble:
                     self._log.error("dataplane_refused", reason=str(trouble))
                 self._publish(str(trouble))
@@ -245,7 +261,8 @@ class Reconciler:
     def _read_mail(self) -> bool:
         """Take in all facts; False if one says to stop."""
         while self._mailbox:
-            match self._mailbox.popleft():
+            fact, posted = self._mailbox.popleft()
+            match fact:
                 case Stop():
                     return False
                 case Lease() as lease:
@@ -269,6 +286,7 @@ class Reconciler:
                 case Changes() as changes:
                     if self._complete:
                         self._want(self._table.apply(changes))
+                        self._since = posted if self._since is None else self._since
                 case NetworkConfig() as config:
                     # Of the same network and devices: what else the operator may change does not concern the table.
                     self._config = config
@@ -352,6 +370,7 @@ class Reconciler:
         seen = self._kernel.observe()
         drifts = self._tracker.saw(seen.sights)
         if seen.lost:
+            self.passes.lost += 1
             self._log.warning("notifications_lost", remedy="all entries are read again and compared")
         if seen.altered_by:
             self._log.warning("firewall_altered", by=list(seen.altered_by), remedy="our rules are loaded again")
@@ -365,7 +384,7 @@ class Reconciler:
             self._doubt = self._doubt or any(refusal.errno == errno.ENODEV for refusal in refusals)
         else:
             self._retry = 0.0
-        self._report(puts, drops, refusals, drifts, self._clock() - started)
+        self._report(puts, drops, refusals, drifts, started)
         if self._complete and not self._protected:
             self._protected = True
             self._protect(self._plan)
@@ -420,8 +439,11 @@ class Reconciler:
 
     # --- what people see ---
 
-    def _report(self, puts: int, drops: int, refusals: list[Refusal], drifts: list[Drift], seconds: float) -> None:
-        """The one line of a pass that changed something."""
+    def _report(self, puts: int, drops: int, refusals: list[Refusal], drifts: list[Drift], started: float) -> None:
+        """The counts of a pass, and the one line of one that changed something."""
+        now, since, self._since = self._clock(), self._since, None
+        seconds = now - started
+        self.passes.passed(seconds, puts, drops, refusals, drifts, None if since is None else now - since)
         self._drift += len(drifts)
         facts: dict[str, object] = {}
         if drifts:
@@ -463,6 +485,7 @@ class Reconciler:
             drift=self._drift,
             revision=self._table.revision,
             trouble=trouble,
+            rejected_by=self._table.rejected_by_sort,
         )
 
 

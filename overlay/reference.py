@@ -1,13 +1,14 @@
-"""What is written for people from the table of options: `docs/configuration.md` and `deploy/overlay-agent.toml`.
+"""What is written for people from declarations: docs/configuration.md, deploy/overlay-agent.toml, docs/metrics.md.
 
-`python -m overlay.reference` prints the one, `python -m overlay.reference example` the other. The table itself, and how
-its values are found, is in `options`.
+`python -m overlay.reference` prints the first, `... example` the second, `... metrics` the third. The tables themselves
+are in `options` and `metrics`.
 """
 
 import sys
 from collections.abc import Mapping
 from textwrap import wrap
 
+from overlay import metrics
 from overlay.options import (
     ALL,
     DEFAULT_CONFIG_FILE,
@@ -174,4 +175,5 @@ def _row(entry: Entry) -> str:
 
 
 if __name__ == "__main__":  # pragma: no cover (a test runs it as a process)
-    sys.stdout.write(example() if sys.argv[1:] == ["example"] else reference())
+    pages = {"example": example, "metrics": metrics.reference}
+    sys.stdout.write(pages[sys.argv[1]]() if sys.argv[1:] else reference())

@@ -14,9 +14,13 @@ from overlay import firewall, iptables, nft, sysctl
 from overlay.firewall import Rules
 from overlay.reconciler import Plan
 from overlay.sysctl import Absent, Change, Ledger, Refused
+from subnet_lease.pulse import Pulse
 
 LOOK_S = 5.0
 """Seconds between two looks at the tables of iptables-legacy, which announce no changes; each costs 0.3 ms."""
+
+LOOKING_S = 600.0
+"""Longest that a look around may take: a process for each of others' tables, each of which has its deadline."""
 
 
 class Surroundings:
@@ -42,6 +46,7 @@ class Surroundings:
         self._legacy = iptables.legacy_shape()
         self._looked = monotonic()
         self._asked: queue.SimpleQueue[Plan | None] = queue.SimpleQueue()
+        self.pulse = Pulse(LOOKING_S, monotonic)
 
     # --- kernel settings ---
 
@@ -99,10 +104,13 @@ class Surroundings:
 
     def run(self) -> None:
         """Do what `look_around` asks for."""
+        self.pulse.rest()
         while (plan := self._asked.get()) is not None:
+            self.pulse.work()
             with self._said_once("firewall_refused"):
                 for finding in nft.findings(self._rules_for(plan).blocks):
                     self._once("forward_may_drop", what=finding.what, remedy=finding.remedy)
+            self.pulse.rest()
 
     def stop(self) -> None:
         """End `run`."""

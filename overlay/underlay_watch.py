@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from overlay.device import Underlay
+from subnet_lease.pulse import LOCAL_WORK_S, Pulse
 
 SETTLE_S = 0.5
 """Seconds that events on other links are collected for: pods' links come and go. On the underlay's own every one counts
@@ -50,6 +51,7 @@ class UnderlayWatch:
         self._log = log
         self._clock = clock
         self._stopped = False
+        self.pulse = Pulse(LOCAL_WORK_S, time.monotonic)
         self._missing = ""
         self._reduced_since: float | None = None
         """When all addresses of a family were found to be gone."""
@@ -61,7 +63,10 @@ class UnderlayWatch:
         while not self._stopped:
             if due is not None and self._clock() >= due:
                 due = self._look()
-            concerned = self._events.wait(None if due is None else max(0.0, due - self._clock()))
+            pause = None if due is None else max(0.0, due - self._clock())
+            self.pulse.rest(pause)
+            concerned = self._events.wait(pause)
+            self.pulse.work()
             if concerned & {0, self._present.index}:
                 due = self._clock()
             elif concerned and due is None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from subnet_lease.model import Lease, LeaseInvalid, decode_attrs, encode_attrs, parse_subnet_key
+from subnet_lease.pulse import Pulse
 from subnet_lease.store import Record, Snapshot
 
 FILE = "table.jsonl"
@@ -27,6 +28,9 @@ EVERY_S = 60.0
 
 STEP = 50
 """How many leases are written in one go: half a millisecond's work."""
+
+WRITING_S = 600.0
+"""Longest that a writing may take: a slow disk is no reason to end an agent whose network is in order."""
 
 MAX_BYTES = 256 << 20
 """Some 200 bytes a lease; beyond that it is no file of ours."""
@@ -133,12 +137,13 @@ class CacheWriter:
         self._log = log
         self._stopped = threading.Event()
         self._refused = ""
+        self.pulse = Pulse(WRITING_S, time.monotonic)
 
     def run(self) -> None:
         """Write until `stop`."""
         written: object = None
         pause = FIRST_S
-        while not self._stopped.wait(pause):
+        while not self.pulse.wait(self._stopped, pause):
             pause = FIRST_S
             mark = self._mark()
             if mark is None or mark == written:

@@ -6,8 +6,10 @@ at once when somebody asks.
 
 import random
 import threading
+import time
 from collections.abc import Callable
 
+from subnet_lease.pulse import STORE_WORK_S, Pulse
 from subnet_lease.store import Store, StoreDenied, StoreError
 
 EVERY_S = 60.0
@@ -36,12 +38,13 @@ class ConfigWatch:
         self._jitter = jitter
         self._wake = threading.Event()
         self._stopped = False
+        self.pulse = Pulse(STORE_WORK_S, time.monotonic)
 
     def run(self) -> None:
         """Look until `stop`. A store that cannot be reached is others' to report."""
         refused = ""
         while not self._stopped:
-            self._wake.wait(EVERY_S * (0.5 + self._jitter()))
+            self.pulse.wait(self._wake, EVERY_S * (0.5 + self._jitter()))
             self._wake.clear()
             if self._stopped:
                 return

@@ -42,6 +42,7 @@ from subnet_lease.store import (
     StoreUnavailable,
     TlsFailed,
     WatchInterrupted,
+    kind_of,
 )
 from subnet_lease.tls import TlsFiles
 
@@ -53,6 +54,11 @@ DIAGNOSIS_S = 30.0
 
 PAGE_ATTEMPTS = 4
 """How often a page after the first is asked for before the whole read fails."""
+
+_REQUESTS = {"RangeRequest": "read", "TxnRequest": "write", "PutRequest": "write"}
+"""What requests are to an operator; all others are about leases."""
+
+_FAILURES = {"StoreUnavailable": "unavailable", "TlsFailed": "tls", "StoreDenied": "denied"}
 
 CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 10_000),
@@ -88,8 +94,12 @@ class EtcdStore:
         username: str | None = None,
         password: str | None = None,
         timeout: float = 5.0,
+        observe: Callable[[str, float, str], None] = lambda request, seconds, failure: None,
     ) -> None:
         """Connects on first use. `timeout` is each call's deadline in seconds; StoreConfigInvalid names a wrong option.
+
+        `observe` hears of each request, in the thread that made it: read, write, lease, login or watch; how many
+        seconds it took, of a watch until it stood; and what failed: nothing (empty), unavailable, tls or denied.
 
         `endpoints`: `http://host:port`, `https://host:port`, `host:port` (plaintext) or `unix:///path`.
         """
@@ -115,6 +125,7 @@ class EtcdStore:
         self._username, self._password = username, password
         self._token: str | None = None
         self._timeout = timeout
+        self._observe = observe
         self._lock = threading.Lock()
         self._turn = 0
         self._connection: _Connection | None = None
@@ -261,13 +272,28 @@ class EtcdStore:
             raise
 
     def _send(self, connection: "_Connection", method: Any, request: Any, key: bytes, metadata: Any) -> Any:
+        with self._observed(_REQUESTS.get(type(request).__name__, "lease")):
+            try:
+                return method(request, timeout=self._timeout, metadata=metadata)
+            except grpc.RpcError as error:
+                raise self._translated(error, connection, key) from None
+            except ValueError:
+                # What grpc raises on a channel that another thread has just closed.
+                raise StoreUnavailable(f"the connection to {connection.endpoint} was given up") from None
+
+    @contextlib.contextmanager
+    def _observed(self, request: str) -> Iterator[None]:
+        """Have `observe` hear of the request in the block."""
+        started, failure = time.monotonic(), ""
         try:
-            return method(request, timeout=self._timeout, metadata=metadata)
-        except grpc.RpcError as error:
-            raise self._translated(error, connection, key) from None
-        except ValueError:
-            # What grpc raises on a channel that another thread has just closed.
-            raise StoreUnavailable(f"the connection to {connection.endpoint} was given up") from None
+            yield
+        except (_LeaseGone, _NoSuchRevision, WatchInterrupted):
+            raise  # That is an answer.
+        except StoreError as error:
+            failure = _FAILURES[kind_of(error)]
+            raise
+        finally:
+            self._observe(request, time.monotonic() - started, failure)
 
     def _with_token(self, connection: "_Connection", attempt: Callable[[list[tuple[str, str]]], Any]) -> Any:
         """Run `attempt` with the metadata of the logged-in user; log in anew once if it is denied: tokens expire."""
@@ -282,17 +308,18 @@ class EtcdStore:
     def _log_in(self, connection: "_Connection") -> str:
         """A new token; empty where etcd has authentication switched off."""
         request = rpc.AuthenticateRequest(name=self._username, password=self._password)
-        try:
-            token = str(connection.auth.Authenticate(request, timeout=self._timeout).token)
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
-                token = ""
-            elif error.code() is grpc.StatusCode.INVALID_ARGUMENT:
-                raise StoreDenied("etcd refused the user name or password") from None
-            else:
-                raise self._translated(error, connection, b"") from None
-        except ValueError:
-            raise StoreUnavailable(f"the connection to {connection.endpoint} was given up") from None
+        with self._observed("login"):
+            try:
+                token = str(connection.auth.Authenticate(request, timeout=self._timeout).token)
+            except grpc.RpcError as error:
+                if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+                    token = ""
+                elif error.code() is grpc.StatusCode.INVALID_ARGUMENT:
+                    raise StoreDenied("etcd refused the user name or password") from None
+                else:
+                    raise self._translated(error, connection, b"") from None
+            except ValueError:
+                raise StoreUnavailable(f"the connection to {connection.endpoint} was given up") from None
         self._token = token
         return token
 
@@ -396,7 +423,9 @@ class EtcdWatch:
         store = self._store
         connection = store._connect()
         try:
-            yield store._with_token(connection, lambda metadata: self._begin(connection, metadata))
+            with store._observed("watch"):
+                first = store._with_token(connection, lambda metadata: self._begin(connection, metadata))
+            yield first
             for response in self._stream:
                 yield self._changes(response)
             if not self._ended_by_us():

@@ -49,6 +49,7 @@ from subnet_lease.model import (
     parse_subnet_key,
     subnet_key,
 )
+from subnet_lease.pulse import STORE_WORK_S, Pulse
 from subnet_lease.retry import Backoff, Outage
 from subnet_lease.store import (
     Changes,
@@ -154,6 +155,7 @@ class Keeper:
         """The key that was made last, and until when it is given up for a reservation made before it."""
         self._seen: Snapshot | None = None
         self._given: tuple[int, int] | None = None
+        self.pulse = Pulse(STORE_WORK_S, time.monotonic)
 
     def take_snapshot(self) -> Snapshot | None:
         """The snapshot that the latest round went by, once: a watcher can begin with it instead of reading all anew."""
@@ -167,6 +169,15 @@ class Keeper:
         """The lease held, as far as is known."""
         return self._lease
 
+    def seconds_left(self) -> float | None:
+        """Until the lease ends if it is not renewed; infinite for a reservation, 0 without a lease or after its end,
+        None while it is assumed.
+        """
+        lease, ends_at = self._lease, self._ends_at
+        if lease is None:
+            return 0.0
+        return max(0.0, ends_at - self._clock()) if ends_at else None
+
     @property
     def ends_at(self) -> float:
         """When the lease ends if it is not renewed, on `clock`; infinite for a reservation, 0 while it is assumed."""
@@ -175,16 +186,17 @@ class Keeper:
     def acquire(self) -> Lease | None:
         """Find or take the host's lease; waits until there is one. None if stopped before."""
         while not self._stopped.is_set():
+            self.pulse.work()
             try:
                 lease = self._round()
             except SubnetExhausted as error:
                 self._reached()
                 if self._exhausted.failed(self._clock()):
                     self._log.error("subnet_exhausted", reason=str(error))
-                self._stopped.wait(self._backoff.delay())
+                self.pulse.wait(self._stopped, self._backoff.delay())
             except StoreError as error:
                 self._missed(error)
-                self._stopped.wait(self._backoff.delay())
+                self.pulse.wait(self._stopped, self._backoff.delay())
             else:
                 if lease is not None:
                     self._exhausted.ended(self._clock())
@@ -206,7 +218,7 @@ class Keeper:
             elif self._clock() >= self._renew_at:
                 self._renew(self._lease)
             else:
-                self._wake.wait(min(self._renew_at - self._clock(), LONGEST_SLEEP_S))
+                self.pulse.wait(self._wake, min(self._renew_at - self._clock(), LONGEST_SLEEP_S))
 
     def check(self) -> None:
         """Have `run` compare the record with what it should be, at once: somebody else changed or deleted it."""
@@ -420,7 +432,7 @@ class Keeper:
             seconds = self._store.keep_alive(lease.etcd_lease)
         except StoreError as error:
             self._missed(error)
-            self._stopped.wait(self._backoff.delay())
+            self.pulse.wait(self._stopped, self._backoff.delay())
             return
         self._reached()
         self._backoff.reset()

@@ -15,6 +15,7 @@ the eldest of them speaks for all. Backends without a tunnel have no MACs: a sub
 Costs are in proportion to what changed. Nothing here reads a clock or a store.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import chain, islice, product
@@ -42,6 +43,10 @@ Claim = bytes | Prefix
 MAX_BLOCKS = 256
 """A lease may span this many subnets of the network's SubnetLen; no agent writes one that spans several."""
 
+REJECTIONS = ("malformed", "subnet", "network", "endpoint", "contested")
+"""Sorts of reasons to reject a lease: it cannot be read, its subnet cannot be, it is of another backend or VNI, its MAC
+or address cannot be, an elder lease has a claim to the same."""
+
 UNROUTABLE = frozenset({0, 127, *range(224, 256)})
 """First bytes of IPv4 addresses where no host can be: "this" network, loopback, multicast, reserved (RFC 6890)."""
 
@@ -57,14 +62,22 @@ def possible_host(address: bytes) -> bool:
     return not multicast and not link_local and address[:12] not in _IPV4_FORMS
 
 
-class _Behind(LeaseInvalid):
+class _Objection(LeaseInvalid):
+    """A lease that could be read and cannot be used; `sort` is one of REJECTIONS."""
+
+    def __init__(self, sort: str, reason: str) -> None:
+        super().__init__(reason)
+        self.sort = sort
+
+
+class _Behind(_Objection):
     """The lease is of another backend or VNI than the network now has: its host has yet to follow, or has gone ahead.
 
     `claims` are its subnets and underlay addresses.
     """
 
     def __init__(self, reason: str, lease: Lease) -> None:
-        super().__init__(reason)
+        super().__init__("network", reason)
         addresses = filter(None, (lease.attrs.public_ip, lease.attrs.public_ip6))
         self.claims: tuple[Prefix | bytes, ...] = (*lease.subnets, *addresses)
 
@@ -121,6 +134,9 @@ class LeaseTable:
         self._has_ipv4, self._has_ipv6 = 4 in sizes, 16 in sizes
         self._valid: dict[str, Lease] = {}
         self._invalid: dict[str, str] = {}
+        self._sorts: dict[str, str] = {}
+        """Of those that are invalid, the sort of the reason, one of REJECTIONS; and how many there are of each."""
+        self._sorted: Counter[str] = Counter()
         self._behind: dict[str, tuple[Prefix | bytes, ...]] = {}
         self._claimed_behind: set[Prefix | bytes] = set()
         self._contested: set[str] = set()
@@ -205,7 +221,8 @@ class LeaseTable:
         return {key: None for key, lease in before.items() if self.accepted(key) != lease}.keys()
 
     def _remove(self, key: str, touched: dict[Claim, Age | None]) -> None:
-        self._invalid.pop(key, None)
+        if self._invalid.pop(key, None) is not None:
+            self._sorted[self._sorts.pop(key)] -= 1
         self._claimed_behind.difference_update(self._behind.pop(key, ()))
         self._contested.discard(key)
         self._lingering.discard(key)
@@ -227,7 +244,9 @@ class LeaseTable:
         try:
             lease = self._decode(record)
         except LeaseInvalid as reason:
-            self._invalid[record.key] = str(reason)
+            sort = reason.sort if isinstance(reason, _Objection) else "malformed"
+            self._invalid[record.key], self._sorts[record.key] = str(reason), sort
+            self._sorted[sort] += 1
             if isinstance(reason, _Behind):
                 self._behind[record.key] = reason.claims
                 self._claimed_behind.update(reason.claims)
@@ -262,17 +281,18 @@ class LeaseTable:
             subnet6 = None
         lease = Lease(subnet, subnet6, attrs, record.etcd_lease, record.create_revision, record.mod_revision)
         if subnet is None and subnet6 is None:
-            raise LeaseInvalid(
-                f"it has no subnet in {format_subnets(each.network for each in self._families.values())}"
+            raise _Objection(
+                "subnet", f"it has no subnet in {format_subnets(each.network for each in self._families.values())}"
             )
         reason = (self._subnet_objection(subnet) if subnet is not None else None) or (
             self._subnet_objection(subnet6) if subnet6 is not None else None
         )
-        if reason is None and (other := self._other_network(attrs)):
-            raise _Behind(other, lease)
-        reason = reason or self._attrs_objection(attrs)
         if reason:
-            raise LeaseInvalid(reason)
+            raise _Objection("subnet", reason)
+        if other := self._other_network(attrs):
+            raise _Behind(other, lease)
+        if reason := self._attrs_objection(attrs):
+            raise _Objection("endpoint", reason)
         return lease
 
     def _subnet_objection(self, subnet: Prefix) -> str | None:
@@ -458,6 +478,11 @@ class LeaseTable:
     def rejected_count(self) -> int:
         """How many there are, without listing them."""
         return len(self._invalid) + len(self._contested)
+
+    @property
+    def rejected_by_sort(self) -> dict[str, int]:
+        """How many there are by the sort of the reason, for each of REJECTIONS."""
+        return {sort: self._sorted[sort] for sort in REJECTIONS} | {"contested": len(self._contested)}
 
 
 def _same_put(lease: Lease, record: Record) -> bool:

@@ -16,6 +16,7 @@ from typing import Any
 
 import structlog
 
+from subnet_lease.pulse import STORE_WORK_S, Pulse
 from subnet_lease.retry import Backoff, Outage
 from subnet_lease.store import (
     Changes,
@@ -74,6 +75,9 @@ class Watcher:
         self._relist_at = 0.0
         self._connected = False
         self._last_contact: float | None = None
+        self._true_until: float | None = None
+        """Up to when what was delivered is known to have been the store's latest, unless a watch stands."""
+        self.pulse = Pulse(STORE_WORK_S, time.monotonic)
 
     @property
     def connected(self) -> bool:
@@ -85,18 +89,26 @@ class Watcher:
         """When the store last said anything, on `clock`; None before the first time. A quiet watch says little."""
         return self._last_contact
 
+    def age(self) -> float | None:
+        """Seconds for which what was delivered may have been out of date: 0 while a watch stands, None before the first
+        contact. A store that falls silent is noticed within 20 s, which are not counted.
+        """
+        until = self._true_until
+        return None if until is None else 0.0 if self._connected else self._clock() - until
+
     def run(self) -> None:
         """Supply the consumer until `stop`."""
         while not self._stopped.is_set():
             try:
                 self._supply()
             except StoreError as error:
-                self._connected = False
+                self._lose()
                 if isinstance(error, WatchInterrupted) and not error.resumable:
                     self._resume = 0
                     self._same_history = self._same_history and error.same_history
                 self._report(error)
-                self._stopped.wait(self._backoff.delay() + self._jitter() * self._leases * RETURN_S_PER_LEASE)
+                delay = self._backoff.delay() + self._jitter() * self._leases * RETURN_S_PER_LEASE
+                self.pulse.wait(self._stopped, delay)
         self._connected = False
 
     def stop(self) -> None:
@@ -115,6 +127,7 @@ class Watcher:
 
     def _supply(self) -> None:
         """Deliver until stopped, or until it is time for another snapshot."""
+        self.pulse.work()
         if self._doubt.is_set():
             self._doubt.clear()
             self._resume = 0
@@ -140,7 +153,9 @@ class Watcher:
         self._resume = snapshot.revision + 1
 
     def _follow(self, watch: Watch) -> None:
+        self.pulse.rest()
         for changes in watch:
+            self.pulse.work()
             self._heard()
             self._connected = True
             self._backoff.reset()
@@ -151,6 +166,8 @@ class Watcher:
             if self._clock() >= self._relist_at:
                 self._resume = 0
                 return
+            # The transport ends a watch whose store has fallen silent; until then there is nothing to do.
+            self.pulse.rest()
 
     def _remember(self, changes: Changes) -> None:
         for event in changes.events:
@@ -159,8 +176,13 @@ class Watcher:
             elif self._witness is not None and event.key == self._witness.key:
                 self._witness = None
 
+    def _lose(self) -> None:
+        if self._connected:
+            # What stood until now was true until now.
+            self._connected, self._true_until = False, self._clock()
+
     def _heard(self) -> None:
-        self._last_contact = now = self._clock()
+        self._last_contact = self._true_until = now = self._clock()
         away = self._outage.ended(now)
         if away is not None:
             self._log.info("store_reachable", away_s=round(away, 1))

@@ -62,6 +62,25 @@ def test_config_is_read_as_written(store: EtcdStore) -> None:
     assert store.read_config() == b'{"Network":"10.5.0.0/16"}'
 
 
+def test_every_request_is_told_with_its_kind_its_time_and_what_failed(tmp_path: Path) -> None:
+    told: list[tuple[str, float, str]] = []
+    with (
+        EtcdProcess(tmp_path / "etcd") as etcd,
+        contextlib.closing(etcd.store(observe=lambda *each: told.append(each), timeout=2.0)) as store,
+    ):
+        lease = store.grant(60)
+        assert store.create("10.5.1.0-24", b"one", lease)
+        store.snapshot()
+        store.revoke(12345)
+        etcd.kill()
+        with pytest.raises(StoreUnavailable):
+            store.read_config()
+    assert [(request, failure) for request, _, failure in told] == [
+        ("lease", ""), ("write", ""), ("read", ""), ("lease", ""), ("read", "unavailable"),
+    ]  # fmt: skip
+    assert all(0 < seconds < 10 for _, seconds, _ in told)
+
+
 def test_a_key_is_created_once_and_replaced_only_at_its_revision(store: EtcdStore) -> None:
     lease = store.grant(60)
     created = store.create("10.5.1.0-24", b"one", lease)

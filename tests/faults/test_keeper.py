@@ -129,6 +129,14 @@ def records(store: EtcdStore) -> dict[str, Record]:
 # --- taking a subnet ---
 
 
+def test_it_is_known_how_long_the_lease_still_lasts(store: EtcdStore) -> None:
+    host = Host(store)
+    assert host.keeper.seconds_left() == 0, "there is none"
+    host.acquire()
+    left = host.keeper.seconds_left()
+    assert left is not None and 50 < left <= 60
+
+
 def test_a_new_host_takes_a_free_subnet_with_an_etcd_lease(store: EtcdStore) -> None:
     lease = Host(store).acquire()
     record = records(store)[subnet_key(lease.subnet)]

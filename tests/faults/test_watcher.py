@@ -112,6 +112,25 @@ def test_a_snapshot_comes_first_and_then_each_change(store: EtcdStore, writer: E
     assert watcher.last_contact is not None
 
 
+def test_the_table_ages_while_no_watch_stands_and_only_then(etcd: EtcdProcess, store: EtcdStore) -> None:
+    with watching(store, Consumer()) as watcher:
+        wait_until(lambda: watcher.connected)
+        assert watcher.age() == 0
+        etcd.kill()
+        wait_until(lambda: not watcher.connected)
+        first = watcher.age()
+        assert first is not None
+        wait_until(lambda: (watcher.age() or 0) > first + 0.2)
+        assert watcher.pulse.trouble() == ""
+        etcd.start()
+        wait_until(lambda: watcher.connected)
+        assert watcher.age() == 0
+
+
+def test_a_watcher_that_never_reached_its_store_knows_no_age(store: EtcdStore) -> None:
+    assert Watcher(store, Consumer()).age() is None
+
+
 def test_an_etcd_killed_and_restarted_loses_no_event_and_costs_no_snapshot(
     etcd: EtcdProcess, store: EtcdStore, writer: EtcdStore
 ) -> None:

@@ -33,7 +33,7 @@ def state() -> State:
 @pytest.fixture
 def server(state: State) -> Iterator[HealthServer]:
     pages = {"/healthz": lambda: state.alive, "/readyz": lambda: state.ready, "/broken": failing}
-    running = HealthServer("127.0.0.1", 0, pages)
+    running = HealthServer("127.0.0.1", 0, pages, {"/healthz": "text/special", "/broken": "text/special"})
     running.start()
     yield running
     running.stop()
@@ -63,6 +63,16 @@ def test_a_check_that_is_well_answers_200_and_one_that_is_not_503(server: Health
     assert ask(server, "/readyz")[:2] == (503, "waiting for etcd\n")
     state.ready = (True, "ready")
     assert ask(server, "/readyz?verbose")[:2] == (200, "ready\n")
+
+
+def test_a_page_has_the_type_it_was_given_and_what_went_wrong_is_plain_text(server: HealthServer) -> None:
+    kinds = [ask(server, path)[2]["Content-Type"] for path in ("/healthz", "/readyz", "/broken", "/none")]
+    assert kinds == ["text/special", *["text/plain; charset=utf-8"] * 3]
+
+
+def test_a_long_page_arrives_whole(server: HealthServer, state: State) -> None:
+    state.alive = (True, "\n".join(f"line {number}" for number in range(100_000)))
+    assert ask(server, "/healthz")[:2] == (200, state.alive[1] + "\n")
 
 
 def test_head_has_the_same_head_and_no_body(server: HealthServer) -> None:

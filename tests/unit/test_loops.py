@@ -8,6 +8,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from overlay.loops import END_SIGNALS, LoopFailed, Loops, Terminated
+from subnet_lease.pulse import Pulse
 
 
 def test_loop_that_raises_is_logged_and_ends_the_main_threads_wait() -> None:
@@ -68,3 +69,25 @@ def test_handlers_of_the_process_are_given_back() -> None:
         pass
     assert [signal.getsignal(number) for number in END_SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_each_loop_is_told_with_what_is_wrong_about_it() -> None:
+    now = [0.0]
+    stop = threading.Event()
+    with Loops() as loops:
+        assert loops.troubles() == {}
+        for name, work_s in (("keeper", 100.0), ("cache", 10.0)):
+            loops.start(name, lambda: stop.wait() and None, stop.set, Pulse(work_s, lambda: now[0]))
+        loops.start("silent", lambda: stop.wait() and None, stop.set)
+        ended = threading.Event()
+        loops.start("over", ended.set, lambda: None)
+        assert ended.wait(5)
+        while threading.active_count() > 4:
+            loops.pause(0.001)
+        now[0] = 50.0
+        assert loops.troubles() == {
+            "keeper": "",
+            "cache": "busy for 50 s, at most 10 s are usual",
+            "silent": "",
+            "over": "its thread has ended",
+        }

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from overlay import options, reference
+from overlay import metrics, options, reference
 from overlay.options import EtcdOptions, HostOptions, OptionError, Options
 from subnet_lease.model import Prefix, pack_address
 
@@ -438,9 +438,13 @@ def test_the_committed_documents_are_the_generated_ones() -> None:
     assert (ROOT / "deploy/overlay-agent.toml").read_text() == reference.example(), (
         "run python -m overlay.reference example"
     )
+    assert (ROOT / "docs/metrics.md").read_text() == metrics.reference(), "run python -m overlay.reference metrics"
 
 
-@pytest.mark.parametrize(("arguments", "text"), [([], reference.reference), (["example"], reference.example)])
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [([], reference.reference), (["example"], reference.example), (["metrics"], metrics.reference)],
+)
 def test_the_module_prints_the_documents(arguments: list[str], text: Any) -> None:
     command = [sys.executable, "-m", "overlay.reference", *arguments]
     assert subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout == text()

@@ -29,6 +29,7 @@ from subnet_lease.model import (
     pack_address,
 )
 from subnet_lease.store import Changes, Deleted, Record, Snapshot
+from subnet_lease.table import REJECTIONS
 from tests.fake_dataplane import FakeKernel
 
 CONFIG = NetworkConfig.parse(b'{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}')
@@ -254,8 +255,46 @@ def test_kernel_without_nexthop_objects_gets_plain_routes() -> None:
 
 def test_state_tells_the_numbers(agent: Agent) -> None:
     assert agent.state == State(
-        ready=True, beat=agent.state.beat, peers=3, entries=12, gap=0, refused=0, rejected=0, drift=0, revision=300
-    )
+        ready=True, beat=agent.state.beat, peers=3, entries=12, gap=0, refused=0, rejected=0, drift=0, revision=300,
+        rejected_by=dict.fromkeys(REJECTIONS, 0),
+    )  # fmt: skip
+
+
+def test_passes_are_counted_with_what_they_wrote_and_found(agent: Agent) -> None:
+    passes = agent.reconciler.passes
+    assert (passes.outcomes["changed"], passes.written, passes.batches.sum) == (1, [12, 0], 12)
+    assert sum(passes.events.counts) == 0, "a snapshot is no event"
+    agent.post(joined(lease(4), 301), left(1, 302))
+    assert (passes.outcomes["changed"], passes.written, sum(passes.events.counts)) == (2, [16, 4], 1)
+    assert passes.events.sum > passes.seconds.sum - passes.seconds.counts[-1], "it includes the wait for the pass"
+    agent.kernel.stranger.apply([Drop(min(agent.entries(lease(2)), key=lambda entry: not isinstance(entry, Fdb)))])
+    agent.settle()
+    drifts = {which: number for which, number in passes.drifts.items() if number}
+    assert drifts == {("fdb", "removed"): 1}
+    agent.later()
+    assert sum(passes.outcomes.values()) > passes.outcomes["changed"] == 3
+
+
+def test_changes_that_call_for_nothing_are_no_event_that_reached_the_kernel(agent: Agent) -> None:
+    passes = agent.reconciler.passes
+    agent.post(Changes((Record("nonsense", b"", 1, 301, 301),), 301))
+    agent.post(joined(lease(5), 302))
+    assert sum(passes.events.counts) == 1
+    assert agent.state.rejected_by["malformed"] == 1
+
+
+def test_lost_notifications_and_failed_passes_are_counted() -> None:
+    made = Agent(SteppedKernel(capacity=2))
+    made.post(snapshot([1, 2, 3]))
+    lost = made.reconciler.passes.lost
+    made.kernel.stranger.apply([Drop(entry) for entry in sorted(made.entries(lease(2)), key=repr)])
+    made.settle()
+    assert made.reconciler.passes.lost == lost + 1
+
+
+def test_the_loop_sleeps_where_it_waits(agent: Agent) -> None:
+    assert agent.settle() == HEARTBEAT
+    assert agent.reconciler.pulse.trouble() == ""
 
 
 def test_one_line_is_logged_for_a_pass_that_changed_something() -> None:

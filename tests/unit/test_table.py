@@ -164,6 +164,26 @@ def test_lease_that_no_host_may_believe_is_rejected_with_its_reason(bad: Record,
     assert made.rejected_count == 1
 
 
+def test_rejected_leases_are_counted_by_the_sort_of_the_reason() -> None:
+    tunnel = {"VNI": 2, "VtepMAC": "02:00:00:00:00:01"}
+    made = table(
+        record("nonsense", 1, 5),
+        Record("10.0.1.0-24", b"", 1, 5, 5),
+        record("10.1.0.0-24", 2, 6),
+        record("10.0.3.0-24", 3, 7, BackendData=tunnel),
+        record("10.0.4.0-24", 4, 8, PublicIP="127.0.0.1"),
+        record("10.0.9.0-24", 9, 9),
+        record("10.0.9.0-25", 10, 10),
+    )
+    counts = {"malformed": 2, "subnet": 1, "network": 1, "endpoint": 1, "contested": 1}
+    assert made.rejected_by_sort == counts
+    assert sum(counts.values()) == made.rejected_count
+    made.apply(changes(Deleted("nonsense", 11), record("10.0.3.0-24", 3, 7, 12), Deleted("10.0.9.0-24", 13)))
+    assert made.rejected_by_sort == {"malformed": 1, "subnet": 1, "network": 0, "endpoint": 1, "contested": 0}
+    made.replace(snapshot(record("10.0.9.0-25", 10, 10), revision=20))
+    assert made.rejected_by_sort == dict.fromkeys(counts, 0)
+
+
 def test_lease_may_not_span_more_blocks_than_any_agent_writes() -> None:
     config = NetworkConfig.parse(b'{"Network":"10.0.0.0/8","SubnetLen":28,"Backend":{"Type":"vxlan"}}')
     made = LeaseTable(config, HOST)
