@@ -6,68 +6,101 @@ needs them: most of the time a start takes is imports.
 
 import argparse
 import gc
+import importlib
 import os
 import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import overlay
+from overlay.commands import Refusal
+from overlay.commands.common import (
+    claim,
+    find_underlay,
+    ledger_of,
+    open_nftables,
+    open_store,
+    options_of,
+    underlay_of,
+    usable_config,
+)
 from overlay.options import (
     EXIT_UNUSABLE_OPTIONS,
-    CaptureOptions,
-    EtcdOptions,
-    HostOptions,
     OptionError,
     Options,
     Parser,
     add_arguments,
-    config_file,
     format_error,
     ignored_environment,
-    resolve,
 )
 
 if TYPE_CHECKING:
-    from overlay.capture import Known
-    from overlay.device import FoundDevice, Underlay
+    from overlay.device import Underlay
     from overlay.firewall import Rules
     from overlay.kernel import Kernel
     from overlay.loops import Loops
-    from overlay.nft import Nftables
     from overlay.notify import Notifier
     from overlay.presence import Presence
     from overlay.reconciler import Plan, Reconciler
-    from overlay.roster import Roster
-    from overlay.selection import Wanted
-    from overlay.sysctl import Ledger
     from overlay.vitals import Vitals
     from subnet_lease.cache import Cached, CacheWriter
     from subnet_lease.etcd import EtcdStore
     from subnet_lease.keeper import Identity, Keeper
-    from subnet_lease.model import Lease, NetworkConfig, Prefix
+    from subnet_lease.model import Lease, NetworkConfig
     from subnet_lease.store import Changes, Snapshot
-
-Chosen = TypeVar("Chosen", bound=EtcdOptions)
 
 PATIENCE_S = 30.0
 """How long is waited for the reconciler's answer: a first pass may take seconds."""
 
-
-class Refusal(Exception):
-    """The command cannot do its work; the text says why and how to mend it."""
+COMMANDS = {
+    "run": (
+        "run the agent of this host",
+        "Lease a subnet, set up the VXLAN device, and keep this host's entries in step with its peers.",
+    ),
+    "cleanup": (
+        "remove all that the agent made on this host",
+        "Remove the device, its entries, firewall table and subnet file. The agent must not be running.",
+    ),
+    "leases": (
+        "list the leases and reservations of the cluster",
+        "List all leases and reservations by subnet, and why agents reject those that they do.",
+    ),
+    "reserve": (
+        "reserve a subnet for one host",
+        "Reserve a subnet for the host with this address: it takes no other, and no time takes it away.",
+    ),
+    "unreserve": (
+        "take a reservation back",
+        "Make a reservation a lease, which its host keeps by renewing it; free it if no host has taken it yet.",
+    ),
+    "capture": (
+        "show the packets of the overlay as they pass this host",
+        "Decode the tunnels' packets live, name the hosts they go between, and remark on what is off. Changes nothing.",
+    ),
+    "lab": (
+        "a cluster in network namespaces on this machine",
+        "A cluster of hosts, agents and pods in network namespaces on this machine, to try things out.",
+    ),
+}
+"""Name: one line for the list, and a description. What is not `run` is a module of overlay.commands."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; its exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     try:
         arguments = sys.argv[1:] if argv is None else argv
-        return _carry_out(_parser(arguments).parse_args(arguments))
+        parsed = _parser(arguments).parse_args(arguments)
+        if parsed.command is None:
+            raise OptionError("COMMAND", "none is given", "The agent itself is: overlay-agent run. See --help.")
+        if parsed.command == "run":
+            return run(options_of(Options, parsed))
+        return int(_module(parsed.command).main(parsed))
     except OptionError as error:
         print(format_error(error), file=sys.stderr)
         return EXIT_UNUSABLE_OPTIONS
@@ -90,239 +123,19 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"overlay-agent {overlay.__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     called = next((word for word in argv if not word.startswith("-")), None)
-    for name, (summary, description, fill) in COMMANDS.items():
+    for name, (summary, description) in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=description)
-        if name == called:
-            fill(command)
+        if name != called:
+            continue
+        if name == "run":
+            add_arguments(command, Options)
+        else:
+            _module(name).fill(command)
     return parser
 
 
-def _fill_run(parser: argparse.ArgumentParser) -> None:
-    add_arguments(parser, Options)
-
-
-def _fill_cleanup(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--release", action="store_true", help="also give the lease back, so that others can have it")
-    add_arguments(parser, Options)
-
-
-def _fill_reserve(parser: argparse.ArgumentParser) -> None:
-    from overlay.reservations import address_argument
-
-    _fill_unreserve(parser)
-    parser.add_argument(
-        "--public-ip", metavar="ADDRESS", type=address_argument, required=True, help="the host's, on the underlay"
-    )
-
-
-def _fill_unreserve(parser: argparse.ArgumentParser) -> None:
-    from overlay.reservations import subnets_argument
-
-    parser.add_argument("subnet", metavar="SUBNET", type=subnets_argument, help="as 10.5.34.0/24")
-    add_arguments(parser, EtcdOptions)
-
-
-def _fill_leases(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--json", action="store_true", help="print data, for programs")
-    parser.add_argument("--no-ttl", action="store_true", help="do not ask etcd how long each lease still lasts")
-    add_arguments(parser, EtcdOptions)
-
-
-def _fill_capture(parser: argparse.ArgumentParser) -> None:
-    from overlay.options import argument, whole_number
-
-    parser.add_argument(
-        "target",
-        metavar="PEER|POD-IP",
-        nargs="?",
-        help="only packets of this host (node name, underlay address or subnet), or of this pod's address",
-    )
-    parser.add_argument("--filter", metavar="WORDS", help='as "tcp port 80", "icmp host 10.244.7.2", "remarks"')
-    number = argument(whole_number(1, 1 << 40))
-    parser.add_argument("-c", "--count", metavar="N", type=number, help="end after this many packets")
-    parser.add_argument("-v", "--verbose", action="store_true", help="a second line with the headers in between")
-    parser.add_argument("-q", "--quiet", action="store_true", help="show no packets; with --write, decode none")
-    parser.add_argument("--json", action="store_true", help="print data, an object a line, for programs")
-    parser.add_argument("--write", metavar="FILE", help="write them to a pcapng file, with the remarks as comments")
-    parser.add_argument("--read", metavar="FILE", help="take packets from a pcap or pcapng file; - is standard input")
-    port = argument(whole_number(1, 65535))
-    parser.add_argument("--port", metavar="PORT", type=port, help="UDP port of the tunnels, if not the network's")
-    add_arguments(parser, CaptureOptions)
-
-
-def _fill_lab(parser: argparse.ArgumentParser) -> None:
-    from overlay import lab
-
-    lab.add_arguments(parser)
-
-
-COMMANDS: dict[str, tuple[str, str, Callable[[argparse.ArgumentParser], None]]] = {
-    "run": (
-        "run the agent of this host",
-        "Lease a subnet, set up the VXLAN device, and keep this host's entries in step with its peers.",
-        _fill_run,
-    ),
-    "cleanup": (
-        "remove all that the agent made on this host",
-        "Remove the device, its entries, firewall table and subnet file. The agent must not be running.",
-        _fill_cleanup,
-    ),
-    "leases": (
-        "list the leases and reservations of the cluster",
-        "List all leases and reservations by subnet, and why agents reject those that they do.",
-        _fill_leases,
-    ),
-    "reserve": (
-        "reserve a subnet for one host",
-        "Reserve a subnet for the host with this address: it takes no other, and no time takes it away.",
-        _fill_reserve,
-    ),
-    "unreserve": (
-        "take a reservation back",
-        "Make a reservation a lease, which its host keeps by renewing it; free it if no host has taken it yet.",
-        _fill_unreserve,
-    ),
-    "capture": (
-        "show the packets of the overlay as they pass this host",
-        "Decode the tunnels' packets live, name the hosts they go between, and remark on what is off. Changes nothing.",
-        _fill_capture,
-    ),
-    "lab": (
-        "a cluster in network namespaces on this machine",
-        "A cluster of hosts, agents and pods in network namespaces on this machine, to try things out.",
-        _fill_lab,
-    ),
-}
-"""Name: one line for the list, a description, and what gives the parser its options."""
-
-
-def _carry_out(arguments: argparse.Namespace) -> int:
-    match arguments.command:
-        case "run":
-            return run(_options(Options, arguments))
-        case "cleanup":
-            return cleanup(_options(Options, arguments), release=arguments.release)
-        case "leases":
-            return leases(_options(EtcdOptions, arguments), as_json=arguments.json, ttl=not arguments.no_ttl)
-        case "reserve":
-            return reserve(_options(EtcdOptions, arguments), arguments.subnet, arguments.public_ip)
-        case "unreserve":
-            return unreserve(_options(EtcdOptions, arguments), arguments.subnet)
-        case "capture":
-            return capture(_options(CaptureOptions, arguments), arguments)
-        case "lab":
-            from overlay import lab, logs
-
-            logs.configure("error", "auto", os.environ)
-            return lab.command(arguments, _lab_store)
-        case _:
-            raise OptionError("COMMAND", "none is given", "The agent itself is: overlay-agent run. See --help.")
-
-
-def _options(kind: type[Chosen], arguments: argparse.Namespace) -> Chosen:
-    """The options of a command from all their sources; the file is read here."""
-    path, asked = config_file(arguments, os.environ)
-    text = ""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        if asked:
-            raise OptionError("--config", f"there is no file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        reason = os.strerror(error.errno or 0) if isinstance(error, OSError) else "it is not UTF-8 text"
-        raise OptionError("--config", f"{path} cannot be read: {reason}") from None
-    return resolve(kind, arguments, os.environ, text, path)
-
-
-# --- edges that several commands build ---------------------------------------------------------------------------
-
-
-def _store(
-    options: EtcdOptions, observe: Callable[[str, float, str], None] = lambda request, seconds, failure: None
-) -> "EtcdStore":
-    """The store of these options; `observe` as in `EtcdStore`."""
-    # grpc writes to stderr as it likes, a line for each handshake that fails; what matters of that is said by us.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
-    from subnet_lease.etcd import EtcdStore
-    from subnet_lease.store import StoreConfigInvalid
-
-    # Each host begins somewhere else in the list: the first member would have the watches of all.
-    turn = random.randrange(len(options.etcd_endpoints))
-    try:
-        return EtcdStore(
-            options.etcd_endpoints[turn:] + options.etcd_endpoints[:turn],
-            options.etcd_prefix,
-            cafile=options.etcd_cafile,
-            certfile=options.etcd_certfile,
-            keyfile=options.etcd_keyfile,
-            username=options.etcd_username,
-            password=_password(options),
-            observe=observe,
-        )
-    except StoreConfigInvalid as error:
-        raise OptionError(f"--etcd-{error.option}", error.reason) from None
-
-
-def _password(options: EtcdOptions) -> str | None:
-    from overlay import logs
-
-    password = options.etcd_password.reveal() if options.etcd_password else None
-    if path := options.etcd_password_file:
-        try:
-            with Path(path).open(encoding="utf-8") as file:
-                if os.fstat(file.fileno()).st_mode & 0o007:
-                    raise OptionError(
-                        "--etcd-password-file",
-                        f"every user of this host can read {path}",
-                        f"Run chmod 600 {path}; for a Kubernetes secret, set defaultMode: 0400 on its volume.",
-                    )
-                password = file.readline().removesuffix("\n")
-        except (OSError, UnicodeDecodeError):
-            raise OptionError("--etcd-password-file", f"{path} cannot be read") from None
-    if password:
-        logs.hide(password)
-    return password
-
-
-def _lab_store(endpoint: str) -> "EtcdStore":
-    """The store of a lab's own etcd."""
-    from subnet_lease.etcd import EtcdStore
-
-    return EtcdStore([endpoint], EtcdOptions().etcd_prefix)
-
-
-def _claim() -> Any:
-    """Held for as long as this process lives: no second agent, and no cleanup beside a running one."""
-    from overlay.claim import Claimed, claim_host, command_of
-
-    try:
-        return claim_host()
-    except Claimed as other:
-        raise Refusal(
-            f"this host's dataplane is held by {other} ({command_of(other.pid) or 'its command cannot be read'}); "
-            "there can be one agent in a network namespace. Stop that one first."
-        ) from None
-
-
-def _find_underlay(options: HostOptions, present: "Underlay | None" = None) -> "Underlay":
-    """The choice by the options; NoUnderlay if nothing fits."""
-    from overlay.underlay import Wish, find_underlay
-
-    wish = Wish(options.iface, options.iface_regex, options.iface_can_reach, options.public_addresses)
-    return find_underlay(wish, present)
-
-
-def _underlay(options: HostOptions, config: "NetworkConfig", own: "Sequence[Prefix]" = ()) -> "Underlay":
-    """What carries this configuration's overlay; Refusal if nothing does. `own` as in `netconf.fit`."""
-    from overlay.netconf import Unfit, fit
-    from overlay.underlay import NoUnderlay
-
-    try:
-        return fit(config, _find_underlay(options), options.public_addresses, own)
-    except NoUnderlay as error:
-        raise Refusal(str(error)) from None
-    except Unfit as error:
-        raise Refusal(f"the network configuration cannot be used on this host: {error}") from None
+def _module(command: str) -> Any:
+    return importlib.import_module(f"overlay.commands.{command}")
 
 
 # --- run ---------------------------------------------------------------------------------------------------------
@@ -342,11 +155,11 @@ def run(options: Options) -> int:
         raise Refusal(preflight.report(problems))
     notifier = Notifier.from_environ(os.environ, os.getpid())
     with ExitStack() as stack:
-        stack.enter_context(_claim())
+        stack.enter_context(claim())
         stack.callback(notifier.stopping)
         loops = Loops()
         vitals = _vitals(options, loops)
-        store = _store(options, vitals.requested)
+        store = open_store(options, vitals.requested)
         stack.callback(store.close)
         stack.enter_context(loops)
         _serve_health(options, vitals, stack)
@@ -390,11 +203,11 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
         notifier.status(f"waiting for {reason}")
 
     value, cached = _first_config(options, store, waiting, loops, log)
-    config = _usable_config(options, value)
+    config = usable_config(options, value)
     preferred = subnet_file.read(options.subnet_file)
     # What lies in the subnets this host has had is its pods', even if it gets others.
     had = list(preferred)
-    underlay = _underlay(options, config, had)
+    underlay = underlay_of(options, config, had)
     backend = backend_of(config)
     kernel = Kernel()
     loops.at_end(kernel.close)
@@ -422,9 +235,9 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
         reconciler.post(fact)
         keeper.saw(fact)
 
-    nftables = _nftables()
+    nftables = open_nftables()
     loops.at_end(nftables.close)
-    surroundings = Surroundings(partial(_rules, options, config), nftables, _ledger(options), log)
+    surroundings = Surroundings(partial(_rules, options, config), nftables, ledger_of(options), log)
     keeper = Keeper(
         store,
         config,
@@ -492,7 +305,7 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
             reconciler.post(config)
 
     def find(present: Underlay) -> Underlay:
-        return fit(config, _find_underlay(options, present), options.public_addresses, tuple(had))
+        return fit(config, find_underlay(options, present), options.public_addresses, tuple(had))
 
     def moved(found: Underlay) -> None:
         nonlocal underlay
@@ -563,24 +376,13 @@ def _last_table(options: Options) -> "Cached | None":
     if cached is None:
         return None
     try:
-        config = _usable_config(options, cached.config)
-        presence = _presence(options, config, _underlay(options, config))
+        config = usable_config(options, cached.config)
+        presence = _presence(options, config, underlay_of(options, config))
     except Refusal:
         return None
     attrs, now = cached.own.attrs, presence.attrs(cached.own)
     # A host that has moved, or gained or lost a family below, has to say so before peers can reach it.
     return cached if attrs._replace(mtu=0, extra={}) == now._replace(mtu=0, extra={}) else None
-
-
-def _usable_config(options: EtcdOptions, value: bytes) -> "NetworkConfig":
-    """The configuration, decoded; Refusal if it cannot be used."""
-    from overlay.netconf import usable
-    from subnet_lease.model import ConfigInvalid
-
-    try:
-        return usable(value)
-    except ConfigInvalid as error:
-        raise Refusal(f"the network configuration in {options.etcd_prefix}/config cannot be used: {error}") from None
 
 
 def _live_config(
@@ -591,7 +393,7 @@ def _live_config(
 
     remedy = f"correct {options.etcd_prefix}/config; until then the network goes on as it was"
     try:
-        new = _usable_config(options, value)
+        new = usable_config(options, value)
         fixed = netconf.fixed_changes(old, new)
         if not fixed:
             netconf.fit(new, underlay, options.public_addresses)
@@ -674,15 +476,6 @@ def _machine_id() -> str:
         return ""
 
 
-def _nftables() -> "Nftables":
-    from overlay.nft import Nftables, NftFailed
-
-    try:
-        return Nftables()
-    except NftFailed as error:
-        raise Refusal(f"{error}; the source guard and masquerading need nftables") from None
-
-
 def _rules(options: Options, config: "NetworkConfig", plan: "Plan") -> "Rules":
     """The firewall rules that a plan calls for."""
     from overlay.firewall import Rules
@@ -696,12 +489,6 @@ def _rules(options: Options, config: "NetworkConfig", plan: "Plan") -> "Rules":
         exceptions=options.no_masquerade_cidr,
         guard=options.source_guard,
     )
-
-
-def _ledger(options: Options) -> "Ledger | None":
-    from overlay.sysctl import LEDGER, Ledger
-
-    return Ledger(Path(options.state_dir) / LEDGER) if options.state_dir else None
 
 
 def _announcement(
@@ -783,318 +570,6 @@ def _serve_health(options: Options, vitals: "Vitals", stack: ExitStack) -> None:
     except HealthUnavailable as error:
         raise Refusal(str(error)) from None
     stack.callback(server.stop)
-
-
-# --- cleanup -----------------------------------------------------------------------------------------------------
-
-
-def cleanup(options: Options, *, release: bool) -> int:
-    """Remove what the agent made on this host; with `release` its lease as well."""
-    from overlay import cleanup as work
-    from overlay import logs, nft, preflight
-    from overlay.kernel import Kernel, KernelRefused
-    from overlay.underlay import NoUnderlay
-    from subnet_lease import cache
-    from subnet_lease.keeper import Identity, release_lease
-    from subnet_lease.store import StoreError
-
-    logs.configure("warning", options.log_format, os.environ)
-    problem = preflight.capability_problem(
-        preflight.missing_capabilities(Path("/proc/self/status").read_text(encoding="ascii"))
-    )
-    if problem:
-        raise Refusal(preflight.report([problem]))
-    with ExitStack() as stack:
-        stack.enter_context(_claim())
-        kernel = Kernel()
-        stack.callback(kernel.close)
-        nftables = _nftables()
-        stack.callback(nftables.close)
-        addresses, macs = list(options.public_addresses), []
-        nothing = True
-        try:
-            table = Path(options.state_dir) / cache.FILE if options.state_dir else None
-            for removed in work.cleanup(kernel, nftables, options.subnet_file, table, _ledger(options)):
-                nothing = False
-                print(f"removed {removed.what}")
-                if removed.device is not None:
-                    addresses.append(removed.device.local)
-                    macs.append(removed.device.mac)
-        except (KernelRefused, nft.NftFailed) as error:
-            raise Refusal(f"cleanup is not complete: {error}") from None
-        if nothing:
-            print("nothing of the agent's is left on this host")
-        if not release:
-            return 0
-        if not addresses:
-            try:
-                addresses += _find_underlay(options).addresses
-            except NoUnderlay as error:
-                raise Refusal(str(error)) from None
-        by_family = {len(address): address for address in reversed(addresses)}
-        identity = Identity(by_family.get(4), by_family.get(16), tuple(macs))
-        store = _store(options)
-        stack.callback(store.close)
-        try:
-            lease = release_lease(store, identity)
-        except StoreError as error:
-            raise Refusal(f"the lease of {identity} is not released: {error}") from None
-    if lease is None:
-        print(f"{identity} holds no lease")
-    elif lease.reserved:
-        print(f"{lease} is reserved for {identity} and stays so")
-    else:
-        print(f"released {lease}")
-    return 0
-
-
-# --- the cluster's leases ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def _operators_store(options: EtcdOptions, failure: str) -> "Iterator[EtcdStore]":
-    """The store for one command of the operator; Refusal that begins with `failure` where it cannot do its work."""
-    from overlay import logs
-    from overlay.reservations import ReservationRefused
-    from subnet_lease.store import StoreError
-
-    logs.configure(options.log_level, options.log_format, os.environ)
-    with closing(_store(options)) as store:
-        try:
-            yield store
-        except (StoreError, ReservationRefused) as error:
-            raise Refusal(f"{failure}: {error}") from None
-
-
-def _present_config(options: EtcdOptions, store: "EtcdStore") -> "NetworkConfig":
-    """The network configuration as it stands; Refusal if there is none or it cannot be used."""
-    value = store.read_config()
-    if value is None:
-        raise Refusal(f"there is no key {options.etcd_prefix}/config in etcd; it is the operator who writes it")
-    return _usable_config(options, value)
-
-
-def leases(options: EtcdOptions, *, as_json: bool, ttl: bool) -> int:
-    """List the leases; `ttl` says whether to ask how long each still lasts."""
-    import shutil
-
-    from overlay import listing
-
-    with _operators_store(options, "the leases cannot be listed") as store:
-        network = _present_config(options, store)
-        snapshot = store.snapshot()
-        rows = listing.rows_of(network, snapshot)
-        ttls = listing.times_left(store, rows) if ttl else None
-    if as_json:
-        print(listing.as_json(network.blocks, snapshot.revision, rows, ttls or {}))
-    else:
-        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
-        print(listing.as_text(network.blocks, rows, ttls, columns))
-    return 0
-
-
-def reserve(options: EtcdOptions, subnets: "tuple[Prefix, ...]", address: bytes) -> int:
-    """Reserve `subnets` for the host of `address`."""
-    from overlay import reservations
-    from subnet_lease.model import format_subnets
-
-    with _operators_store(options, f"{format_subnets(subnets)} is not reserved") as store:
-        print(reservations.reserve(store, _present_config(options, store), subnets, address))
-    return 0
-
-
-def unreserve(options: EtcdOptions, subnets: "tuple[Prefix, ...]") -> int:
-    """Take the reservation of `subnets` back."""
-    from overlay import reservations
-    from subnet_lease.model import format_subnets
-
-    with _operators_store(options, f"the reservation of {format_subnets(subnets)} stays as it was") as store:
-        print(reservations.unreserve(store, subnets))
-    return 0
-
-
-# --- capture -----------------------------------------------------------------------------------------------------
-
-
-def capture(options: CaptureOptions, arguments: argparse.Namespace) -> int:
-    """Show the overlay's packets until a signal, the end of the file or `--count`; see `_fill_capture`."""
-    from overlay import logs, selection
-    from overlay.capture import CaptureFailed
-    from overlay.pcap import NotACapture
-    from overlay.roster import UnknownTarget
-
-    if arguments.quiet and arguments.json:
-        raise OptionError("--quiet", "with --json there would be nothing to print", "Leave one of them out.")
-    try:
-        wanted = selection.parse(arguments.filter) if arguments.filter is not None else None
-    except ValueError as error:
-        raise OptionError("--filter", str(error)) from None
-    logs.configure("error", options.log_format, os.environ)
-    try:
-        with ExitStack() as stack:
-            _capture(options, arguments, wanted, stack)
-    except (CaptureFailed, UnknownTarget) as error:
-        raise Refusal(str(error)) from None
-    except NotACapture as error:
-        raise Refusal(f"{arguments.read}: {error}") from None
-    return 0
-
-
-def _capture(options: CaptureOptions, arguments: argparse.Namespace, wanted: "Wanted | None", stack: ExitStack) -> None:
-    """Build the edges and run the loop. Raises CaptureFailed, NotACapture, UnknownTarget."""
-    from overlay import capture as work
-    from overlay import pcap
-    from overlay.bpf import tunnel_filter
-
-    def note(text: str) -> None:
-        print(f"overlay-agent: {text}", file=sys.stderr, flush=True)
-
-    def flush() -> None:
-        sys.stdout.flush()
-        if recorder is not None:
-            recorder.flush()
-
-    show: work.Sink | None = None
-    if arguments.json:
-        show = work.JsonLines(sys.stdout)
-    elif not arguments.quiet:
-        show = work.Screen(sys.stdout, headers=arguments.verbose, colour=work.colourful(sys.stdout))
-    leases = work.Leases(_known_hosts(options, arguments.port, stack), note)
-    roster = leases.roster
-    stop = work.Stop()
-    recorder: pcap.Writer | None = None
-    tap, where, underlay = None, arguments.read, False
-    if arguments.read:
-        frames = work.recorded(pcap.read(arguments.read), stop)
-    else:
-        where, underlay = _listened_to(options, roster)
-        tap = stack.enter_context(work.open_tap(where, tunnel_filter(roster.port, roster.blocks)))
-        frames = work.live(tap, stop, flush)
-    if arguments.write:
-        try:
-            recorder = stack.enter_context(pcap.Writer(arguments.write))
-        except OSError as error:
-            raise OptionError("--write", f"{arguments.write}: {os.strerror(error.errno or 0).lower()}") from None
-    job = work.Capture(
-        leases,
-        target=arguments.target,
-        wanted=wanted,
-        show=show,
-        recorder=recorder,
-        count=arguments.count,
-        underlay=underlay,
-        # Where nobody asks what a packet is, it is written as it comes.
-        decode=bool(show or arguments.target is not None or wanted or not recorder),
-    )
-    vni = f", VNI {roster.vni}" if roster.vni is not None else ""
-    note(f"{where}: VXLAN on UDP port {roster.port}{vni}; {leases.known.source}")
-    with stop:
-        try:
-            job.run(frames)
-        finally:
-            flush()
-            if stop.asked and sys.stderr.isatty():
-                print(file=sys.stderr)  # Below the terminal's ^C.
-            note(job.tally.line(tap.lost if tap else None, "shown" if show else "written" if recorder else "counted"))
-
-
-def _known_hosts(options: CaptureOptions, port: int | None, stack: ExitStack) -> "Callable[[], Known]":
-    """What reads the hosts of the overlay: from etcd, else from the last table on disk; else there are none.
-
-    `port` is used instead of what the network's configuration, or else a device of ours, says.
-    """
-    from dataclasses import replace
-
-    from overlay.capture import Known
-    from overlay.roster import Roster
-    from subnet_lease.store import StoreError
-
-    store = _store(options)
-    stack.callback(store.close)
-
-    def changed(roster: Roster) -> Roster:
-        return roster if port is None else replace(roster, port=port)
-
-    def known() -> Known:
-        try:
-            config = _present_config(options, store)
-            roster = _roster(config, store.snapshot())
-            return Known(changed(roster), True, f"{_hosts(roster)} by the leases in etcd")
-        except (StoreError, Refusal) as error:
-            reason = str(error)
-        if found := _stored_hosts(options):
-            age, roster = found
-            source = f"{_hosts(roster)} by the last table on disk, {age} s old, for want of etcd: {reason}"
-            return Known(changed(roster), False, source)
-        devices = _our_devices()
-        roster = Roster(port=devices[0].port, vni=devices[0].vni) if devices else Roster()
-        return Known(changed(roster), False, f"hosts are not known: {reason}")
-
-    return known
-
-
-def _hosts(roster: "Roster") -> str:
-    return f"{len(roster.members)} host{'' if len(roster.members) == 1 else 's'} known"
-
-
-def _roster(config: "NetworkConfig", snapshot: "Snapshot") -> "Roster":
-    """The hosts whose leases agents accept."""
-    from overlay import listing
-    from overlay.roster import Roster
-
-    rows = listing.rows_of(config, snapshot)
-    return Roster.of(config, ((row.subnets, row.attrs) for row in rows if row.attrs and row.rejected is None))
-
-
-def _stored_hosts(options: CaptureOptions) -> "tuple[int, Roster] | None":
-    """The age in seconds of the last table on disk, and the hosts it knows; None if there is none to be had."""
-    from subnet_lease import cache
-    from subnet_lease.model import encode_attrs
-    from subnet_lease.store import Record
-
-    now = time.time()
-    cached = cache.read(Path(options.state_dir) / cache.FILE, now) if options.state_dir else None
-    if cached is None:
-        return None
-    own = cached.own
-    record = Record(own.key, encode_attrs(own.attrs), own.etcd_lease, own.create_revision, own.mod_revision)
-    snapshot = cached.snapshot._replace(records=(*cached.snapshot.records, record))
-    try:
-        return round(now - cached.written), _roster(_usable_config(options, cached.config), snapshot)
-    except Refusal:
-        return None
-
-
-def _our_devices() -> "list[FoundDevice]":
-    """The VXLAN devices of this host that go by our names."""
-    import socket
-
-    from overlay.kernel import Kernel
-
-    names = [name for _, name in socket.if_nameindex() if name.startswith(("flannel.", "flannel-v6."))]
-    with closing(Kernel()) as kernel:
-        found = [kernel.find_device(name) for name in names]
-    return [device for device in found if device is not None and device.kind == "vxlan"]
-
-
-def _listened_to(options: CaptureOptions, roster: "Roster") -> tuple[str, bool]:
-    """The interface to capture on, and whether our tunnels leave by it: as asked for, else the one they leave by."""
-    import socket
-
-    from overlay.underlay import NoUnderlay
-
-    present = [name for _, name in socket.if_nameindex()]
-    links = {device.link for device in _our_devices() if device.link and device.vni in (roster.vni, device.vni)}
-    below = [name for index, name in socket.if_nameindex() if index in links]
-    asked = [name for name in options.iface if name in present]
-    if asked or (below and not options.iface):
-        name = (asked or below)[0]
-        return name, name in below
-    try:
-        name = _find_underlay(options).name
-    except NoUnderlay as error:
-        raise Refusal(str(error)) from None
-    return name, name in below
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The composition root: what it decides by itself."""
+"""The command line and what commands compose alike: what they decide by themselves."""
 
 import contextlib
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import agent
+from overlay.commands import common
 from overlay.options import EtcdOptions, OptionError
 
 MEMBERS = tuple(f"http://10.0.0.{n}:2379" for n in (11, 12, 13))
@@ -14,7 +15,7 @@ MEMBERS = tuple(f"http://10.0.0.{n}:2379" for n in (11, 12, 13))
 def test_hosts_begin_with_different_members_and_know_all() -> None:
     orders = set()
     for _ in range(200):
-        with contextlib.closing(agent._store(EtcdOptions(etcd_endpoints=MEMBERS))) as store:
+        with contextlib.closing(common.open_store(EtcdOptions(etcd_endpoints=MEMBERS))) as store:
             orders.add(store._endpoints)
     assert {order[0] for order in orders} == set(MEMBERS)
     assert all(sorted(order) == sorted(MEMBERS) for order in orders)
@@ -28,10 +29,10 @@ def test_password_that_every_user_can_read_is_refused(tmp_path: Path, mode: int,
     options = EtcdOptions(etcd_username="agent", etcd_password_file=str(file))
     if open_to_all:
         with pytest.raises(OptionError, match="every user of this host can read") as caught:
-            agent._password(options)
+            common.password_of(options)
         assert "hush" not in str(caught.value)
     else:
-        assert agent._password(options) == "hush-hush"
+        assert common.password_of(options) == "hush-hush"
 
 
 @pytest.mark.parametrize(
