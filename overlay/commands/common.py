@@ -66,7 +66,7 @@ def open_store(
 
 
 def password_of(options: EtcdOptions) -> str | None:
-    """The password, from its file if there is one; no log shows it from now on. OptionError if all can read the file."""
+    """The password, from its file if there is one; logs hide it from now on. OptionError if all can read the file."""
     from overlay import logs
 
     password = options.etcd_password.reveal() if options.etcd_password else None
