@@ -83,6 +83,10 @@ COMMANDS = {
         "show the packets of the overlay as they pass this host",
         "Decode the tunnels' packets live, name the hosts they go between, and remark on what is off. Changes nothing.",
     ),
+    "trace": (
+        "follow a packet through this host and name the first thing that is wrong",
+        "Ask the kernel what it would do with a packet, at each step, up to the first that is wrong. Changes nothing.",
+    ),
     "lab": (
         "a cluster in network namespaces on this machine",
         "A cluster of hosts, agents and pods in network namespaces on this machine, to try things out.",
@@ -237,7 +241,13 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
 
     nftables = open_nftables()
     loops.at_end(nftables.close)
-    surroundings = Surroundings(partial(_rules, options, config), nftables, ledger_of(options), log)
+    surroundings = Surroundings(
+        partial(_rules, options, config),
+        nftables,
+        ledger_of(options),
+        log,
+        dropped=lambda: vitals.connections_dropped,
+    )
     keeper = Keeper(
         store,
         config,
@@ -564,7 +574,8 @@ def _serve_health(options: Options, vitals: "Vitals", stack: ExitStack) -> None:
     from overlay.metrics import CONTENT_TYPE
 
     pages = {"/healthz": vitals.healthz, "/readyz": vitals.readyz, "/metrics": vitals.metrics}
-    server = HealthServer(options.healthz_ip, options.healthz_port, pages, {"/metrics": CONTENT_TYPE})
+    types = {"/metrics": CONTENT_TYPE}
+    server = HealthServer(options.healthz_ip, options.healthz_port, pages, types, vitals.connections_dropped)
     try:
         server.start()
     except HealthUnavailable as error:

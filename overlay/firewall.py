@@ -40,6 +40,14 @@ MASQUERADED = "masqueraded"
 
 COUNTERS = (STRANGERS, IMPOSTORS, STRAYS, MASQUERADED)
 
+SAMPLED = (STRANGERS, IMPOSTORS, STRAYS)
+"""Counters that have the sources of their packets kept: strangers that of the tunnel packet, others the inner one."""
+
+SAMPLE_SIZE, SAMPLE_S = 16, 600
+"""How many sources such a set has room for, and how many seconds it keeps one after its last packet. A flood from
+forged addresses fills a set and no more: what does not fit is counted like the rest. An update costs a packet that is
+refused some 50 ns; log messages (`log group`) would cost it twice as much, and the agent a thread to read them."""
+
 FORWARD_CHAIN = "OVERLAY-AGENT-FWD"
 """Our chain in the `filter` tables of iptables. Upper case, as all who have chains there write theirs."""
 
@@ -109,17 +117,34 @@ def _indented(lines: Iterable[str]) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
+def sample_set(counter: str, length: int) -> str:
+    """The set with the latest sources, of `length` bytes each, of what `counter` counts."""
+    return f"{counter}{_version(length)}"
+
+
 def _vessels() -> list[str]:
     """Sets and counters: what lasts while rules are replaced."""
     sets = [f"set {name} {{ type ipv{_version(length)}_addr; size {SET_SIZE}; }}" for length, name in SETS.items()]
-    return [*sets, *(f"counter {name} {{ }}" for name in COUNTERS)]
+    samples = [
+        f"set {sample_set(counter, length)} {{ type ipv{_version(length)}_addr; flags dynamic; "
+        f"size {SAMPLE_SIZE}; timeout {SAMPLE_S}s; }}"
+        for counter in SAMPLED
+        for length in SETS
+    ]
+    return [*sets, *samples, *(f"counter {name} {{ }}" for name in COUNTERS)]
 
 
-def _verdict(rules: Rules, what: str) -> str:
-    """What happens to a packet that has been counted; `what` it is, for the log."""
-    if rules.guard == "on":
-        return "drop"
-    return f'limit rate 1/second burst 5 packets log prefix "overlay-agent {what}: " level warn'
+def _refused(rules: Rules, counter: str, what: str) -> list[str]:
+    """The chain for packets that `counter` counts; `what` one is, for the log."""
+    verdict = f'limit rate 1/second burst 5 packets log prefix "overlay-agent {what}: " level warn'
+    return [
+        f"chain {counter} {{",
+        # A rule each: where a set is full the rule ends, and the packet must not get away with it.
+        *(f"  update @{sample_set(counter, length)} {{ {_FAMILIES[length]} saddr }}" for length in SETS),
+        f'  counter name "{counter}"',
+        f"  {'drop' if rules.guard == 'on' else verdict}",
+        "}",
+    ]
 
 
 def _guard(rules: Rules) -> list[str]:
@@ -137,9 +162,9 @@ def _guard(rules: Rules) -> list[str]:
         "}",
         "chain tunnel {",
         *(f"  {_FAMILIES[length]} saddr @{name} accept" for length, name in SETS.items()),
-        f'  counter name "{STRANGERS}"',
-        f"  {_verdict(rules, 'stranger')}",
+        f"  jump {STRANGERS}",
         "}",
+        *_refused(rules, STRANGERS, "stranger"),
     ]
 
 
@@ -157,8 +182,8 @@ def _arrivals(rules: Rules) -> list[str]:
     ):
         source, target = (f"{_FAMILIES[len(block.base)]} {side}" for side in ("saddr", "daddr"))
         refused += [
-            f'  {source} {subnet} counter name "{IMPOSTORS}" {_verdict(rules, "impostor")}',
-            f'  {target} {block} {target} != {subnet} counter name "{STRAYS}" {_verdict(rules, "stray")}',
+            f"  {source} {subnet} jump {IMPOSTORS}",
+            f"  {target} {block} {target} != {subnet} jump {STRAYS}",
         ]
     return [
         "chain arrivals {",
@@ -168,6 +193,8 @@ def _arrivals(rules: Rules) -> list[str]:
         "chain arrived {",
         *refused,
         "}",
+        *_refused(rules, IMPOSTORS, "impostor"),
+        *_refused(rules, STRAYS, "stray"),
     ]
 
 

@@ -12,12 +12,16 @@ import selectors
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, MutableMapping
+
+from overlay.drops import CROWDED, SLOW
 
 Page = Callable[[], tuple[bool, str]]
 """Whether all is well, and a text. Called in the server's thread: it must not block."""
 
 PLAIN = "text/plain; charset=utf-8"
+
+DROPPED = (CROWDED, SLOW)
 
 MAX_CONNECTIONS = 64
 MAX_REQUEST_BYTES = 8192
@@ -33,13 +37,22 @@ class HealthUnavailable(Exception):
 class HealthServer:
     """Serves `pages`, a function for each path, on one TCP port from `start` until `stop`.
 
-    `types` are the content types of those that are not PLAIN.
+    `types` are the content types of those that are not PLAIN. In `dropped` the connections are counted that were ended
+    before they were done, by reason.
     """
 
-    def __init__(self, ip: str, port: int, pages: Mapping[str, Page], types: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        ip: str,
+        port: int,
+        pages: Mapping[str, Page],
+        types: Mapping[str, str] | None = None,
+        dropped: MutableMapping[str, int] | None = None,
+    ) -> None:
         self._address = (ip, port)
         self._pages = pages
         self._types = types or {}
+        self._dropped = dict.fromkeys(DROPPED, 0) if dropped is None else dropped
         self._listener: socket.socket | None = None
         self._waker: socket.socket | None = None
         self._thread: threading.Thread | None = None
@@ -65,7 +78,7 @@ class HealthServer:
         listener.setblocking(False)
         self._listener = listener
         self._waker, wakened = socket.socketpair()
-        loop = _Loop(listener, wakened, self._pages, self._types)
+        loop = _Loop(listener, wakened, self._pages, self._types, self._dropped)
         self._thread = threading.Thread(target=loop.run, name="health", daemon=True)
         self._thread.start()
 
@@ -105,12 +118,18 @@ class _Loop:
     """The server's thread: all of its state, none of it shared."""
 
     def __init__(
-        self, listener: socket.socket, wakened: socket.socket, pages: Mapping[str, Page], types: Mapping[str, str]
+        self,
+        listener: socket.socket,
+        wakened: socket.socket,
+        pages: Mapping[str, Page],
+        types: Mapping[str, str],
+        dropped: MutableMapping[str, int],
     ) -> None:
         self._listener = listener
         self._wakened = wakened
         self._pages = pages
         self._types = types
+        self._dropped = dropped
         self._selector = selectors.DefaultSelector()
         # In order of their deadlines, as all have the same time.
         self._connections: dict[socket.socket, _Connection] = {}
@@ -134,7 +153,7 @@ class _Loop:
                         self._advance(key.data)
                 now = time.monotonic()
                 for connection in [c for c in self._connections.values() if c.deadline <= now]:
-                    self._drop(connection)
+                    self._drop(connection, SLOW)
 
     def _accept(self) -> None:
         try:
@@ -217,9 +236,12 @@ class _Loop:
     def _drop_oldest(self) -> None:
         oldest = next(iter(self._connections.values()), None)
         if oldest is not None:
-            self._drop(oldest)
+            self._drop(oldest, CROWDED)
 
-    def _drop(self, connection: _Connection) -> None:
+    def _drop(self, connection: _Connection, reason: str = "") -> None:
+        """Be done with it; `reason` if it is not, nor its client."""
+        if reason and not connection.answered:
+            self._dropped[reason] += 1
         del self._connections[connection.socket]
         self._selector.unregister(connection.socket)
         connection.socket.close()

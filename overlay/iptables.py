@@ -9,6 +9,7 @@ What stands there is read with `-S` and compared; a transaction of `iptables-res
 rules there ought to be is decided in `firewall`.
 """
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -67,6 +68,20 @@ def ensure(blocks: Collection[Prefix], nft_versions: Iterable[int]) -> list[Outc
 def missing(blocks: Collection[Prefix], nft_versions: Iterable[int]) -> list[Outcome]:
     """The FORWARD chains that are not as `ensure` would make them, with the reason for those that cannot be read."""
     return [Outcome(gap.table.program, gap.error) for gap in _gaps(blocks, nft_versions)]
+
+
+def listed(nft_versions: Iterable[int]) -> dict[str, list[str]]:
+    """All rules and policies of every table `filter`, as `-S` shows them, by the program that keeps it.
+
+    `nft_versions` as for `ensure`. A table that cannot be read is left out.
+    """
+    found = {}
+    for table in [_Table("legacy", version) for version in _legacy_versions()] + [
+        _Table("nft", version) for version in sorted(nft_versions)
+    ]:
+        with contextlib.suppress(_Failed):
+            found[table.program] = _run(table, "", "-S")
+    return found
 
 
 def legacy_shape() -> tuple[bytes, ...]:

@@ -14,6 +14,7 @@ from bisect import bisect_left
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
+from overlay.drops import CROWDED, SLOW
 from overlay.firewall import COUNTERS
 from overlay.model import BUILD_ORDER, Entry, Refusal
 from overlay.tracker import Drift
@@ -102,6 +103,13 @@ MEMORY = _declare("process_resident_memory_bytes", GAUGE, "Memory that the agent
 THREADS = _declare("process_threads", GAUGE, "Threads of the agent.")
 DESCRIPTORS = _declare("process_open_fds", GAUGE, "File descriptors that the agent has open.")
 STARTED = _declare("process_start_time_seconds", GAUGE, "When the agent was started, in seconds since 1970.")
+
+CONNECTIONS = _declare(
+    "health_connections_dropped_total",
+    COUNTER,
+    "Connections to this port that were ended before they had an answer: more than are served at a time, or too slow.",
+    {"reason": (CROWDED, SLOW)},
+)
 
 # --- the store ---
 

@@ -107,9 +107,9 @@ def batch(added: Iterable[bytes], removed: Iterable[bytes], sequence: int, end: 
     return b"".join(messages)
 
 
-def dump_elements(length: int, sequence: int) -> bytes:
-    """A dump of the set of addresses of `length` bytes. ENOENT if our table or the set is gone."""
-    return _message(_GETSETELEM, REQUEST | DUMP, sequence, _INET, _name(_TABLE, NAME) + _name(_SET, SETS[length]))
+def dump_elements(name: str, sequence: int) -> bytes:
+    """A dump of a set of our table. ENOENT if the table or the set is gone."""
+    return _message(_GETSETELEM, REQUEST | DUMP, sequence, _INET, _name(_TABLE, NAME) + _name(_SET, name))
 
 
 def dump_counters(sequence: int) -> bytes:
@@ -173,11 +173,21 @@ def event(buffer: bytes, message: Message) -> Event | None:
     table = _text(attrs, _TABLE)
     if (family, table) == (_INET, NAME):
         if kind in (_NEWSETELEM, _DELSETELEM, _DESTROYSETELEM):
-            return Elements(tuple(_addresses(attrs.get(_ELEMENTS, b""))), kind != _NEWSETELEM)
+            # What comes and goes in other sets of ours is nobody's concern.
+            mine = _text(attrs, _SET) in SETS.values()
+            return Elements(tuple(_addresses(attrs.get(_ELEMENTS, b""))), kind != _NEWSETELEM) if mine else None
         return Altered()
     if family in _VERSIONS and table == "filter" and _concerns_forward(kind, attrs):
         return ForwardChanged(_VERSIONS[family])
     return None
+
+
+def addresses(buffer: bytes, message: Message) -> list[bytes]:
+    """The packed addresses in one message of the answer to `dump_elements`."""
+    if _kind(message) != _NEWSETELEM:
+        return []
+    attrs = dict(_attrs(buffer, message.body + _GENMSG.size, message.end))
+    return list(_addresses(attrs.get(_ELEMENTS, b"")))
 
 
 def counter(buffer: bytes, message: Message) -> tuple[str, int] | None:

@@ -83,6 +83,19 @@ class Questions:
         answers = self._dump("counters", nfnl.dump_counters)
         return dict(found for answer in answers if (found := nfnl.counter(*answer)))
 
+    def sources(self, counter: str) -> list[bytes]:
+        """Latest sources, packed, of what `counter` of `firewall.SAMPLED` counts; empty without a table."""
+        try:
+            return [
+                address for length in firewall.SETS for address in self._elements(firewall.sample_set(counter, length))
+            ]
+        except TableGone:
+            return []
+
+    def _elements(self, name: str) -> list[bytes]:
+        answers = self._dump("elements", partial(nfnl.dump_elements, name))
+        return [address for answer in answers for address in nfnl.addresses(*answer)]
+
     def _dump(self, what: str, request: Callable[[int], bytes]) -> "list[_Answer]":
         for _ in range(DUMP_ATTEMPTS):
             number = self._number()
@@ -178,13 +191,7 @@ class Nftables(Questions):
 
     def dump(self) -> set[bytes]:
         """All packed addresses in our sets. Raises TableGone, or NftFailed."""
-        found: set[bytes] = set()
-        for length in firewall.SETS:
-            for answer in self._dump("elements", partial(nfnl.dump_elements, length)):
-                seen = nfnl.event(*answer)
-                if isinstance(seen, nfnl.Elements):
-                    found.update(seen.addresses)
-        return found
+        return {address for name in firewall.SETS.values() for address in self._elements(name)}
 
     # --- the monitor ---
 
@@ -266,6 +273,28 @@ def findings(blocks: Iterable[Prefix]) -> list[Finding]:
     for family, table in firewall.forward_tables(_listing("chains")):
         found += firewall.forward_findings(_listing("table", family, table), blocks)
     return found
+
+
+def ruleset() -> Mapping[str, Any]:
+    """All tables, chains and rules of this network namespace, as `nft -j list ruleset` tells them, without the elements
+    of sets. Empty without the program. Raises NftFailed.
+    """
+    # Terse: our own sets have an element for each host.
+    done = _run(["-t", "-j", "list", "ruleset"])
+    if done is None:
+        return {}
+    if done.code:
+        raise NftFailed(f"nft cannot list the ruleset: {done.errors.strip()[:200]}")
+    listing: Mapping[str, Any] = json.loads(done.output)
+    return listing
+
+
+def rule_text(family: str, table: str, chain: str, handle: int) -> str:
+    """The rule of this handle as `nft` writes it, empty if it is not there."""
+    done = _run(["-a", "list", "chain", family, table, chain])
+    ending = f" # handle {handle}"
+    lines = done.output.splitlines() if done is not None and not done.code else []
+    return next((line.strip().removesuffix(ending) for line in lines if line.endswith(ending)), "")
 
 
 def _listing(*what: str) -> Mapping[str, Any]:

@@ -5,19 +5,27 @@ said once, until it is another or was mended.
 """
 
 import queue
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from time import monotonic
 from typing import Any
 
 from overlay import firewall, iptables, nft, sysctl
-from overlay.firewall import Rules
+from overlay.drops import REASONS, Drops
+from overlay.firewall import SAMPLED, Rules
 from overlay.reconciler import Plan
 from overlay.sysctl import Absent, Change, Ledger, Refused
+from subnet_lease.model import format_address
 from subnet_lease.pulse import Pulse
 
 LOOK_S = 5.0
 """Seconds between two looks at the tables of iptables-legacy, which announce no changes; each costs 0.3 ms."""
+
+TELL_S = 5.0
+"""Seconds between two looks at what was dropped; each costs 0.1 ms."""
+
+SHOWN = 4
+"""How many sources of dropped packets one line names."""
 
 LOOKING_S = 600.0
 """Longest that a look around may take: a process for each of others' tables, each of which has its deadline."""
@@ -28,7 +36,8 @@ class Surroundings:
     which has a thread of its own: `run` until `stop`.
 
     `rules_for` gives the firewall rules that a plan calls for. `nftables` None: this host has no nftables, and no use
-    for any. What is changed of the kernel's settings goes into `ledger`, for `cleanup` to put back.
+    for any. What is changed of the kernel's settings goes into `ledger`, for `cleanup` to put back. `questions` opens
+    what the firewall's counters are read by; `dropped` gives others' counters, by their reason in `drops`.
     """
 
     def __init__(
@@ -37,11 +46,18 @@ class Surroundings:
         nftables: nft.Nftables | None,
         ledger: Ledger | None,
         log: Any,
+        *,
+        questions: Callable[[], nft.Questions] = nft.Questions,
+        dropped: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         self._rules_for = rules_for
         self._nftables = nftables
         self._ledger = ledger
         self._log = log
+        self._questions = questions
+        self._dropped = dropped
+        self._drops = Drops()
+        self._guard = ""
         self._said: set[str] = set()
         self._legacy = iptables.legacy_shape()
         self._looked = monotonic()
@@ -103,14 +119,36 @@ class Surroundings:
         self._asked.put(plan)
 
     def run(self) -> None:
-        """Do what `look_around` asks for."""
-        self.pulse.rest()
-        while (plan := self._asked.get()) is not None:
-            self.pulse.work()
+        """Do what `look_around` asks for, and tell of what is dropped."""
+        while True:
+            with self._said_once("firewall_refused"):
+                self._tell_drops()
+            self.pulse.rest(TELL_S)
+            try:
+                plan = self._asked.get(timeout=TELL_S)
+            except queue.Empty:
+                continue
+            finally:
+                self.pulse.work()
+            if plan is None:
+                return
+            self._guard = self._rules_for(plan).guard
             with self._said_once("firewall_refused"):
                 for finding in nft.findings(self._rules_for(plan).blocks):
                     self._once("forward_may_drop", what=finding.what, remedy=finding.remedy)
-            self.pulse.rest()
+
+    def _tell_drops(self) -> None:
+        """A line on each reason by which more was dropped than was told. Sources may be of packets before those."""
+        # With a socket of its own: the other is the reconciler's.
+        with closing(self._questions()) as questions:
+            for reason, number in self._drops.look({**self._dropped(), **questions.counters()}, monotonic()):
+                things, meaning, see = REASONS[reason]
+                facts: dict[str, object] = {"reason": reason, things: number, "meaning": meaning}
+                if reason in SAMPLED:
+                    with suppress(nft.NftFailed):
+                        facts["sources"] = [format_address(each) for each in questions.sources(reason)[:SHOWN]]
+                let_in = reason in SAMPLED and self._guard == "log"
+                self._log.warning(f"{things}_{'suspected' if let_in else 'dropped'}", **facts, see=see)
 
     def stop(self) -> None:
         """End `run`."""

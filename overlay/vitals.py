@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 from overlay import metrics
+from overlay.drops import CROWDED, SLOW
 from overlay.metrics import ONE, Found, Requests, Value
 from overlay.process import DeviceCounts, Usage
 from overlay.reconciler import Plan, State
@@ -69,6 +70,8 @@ class Vitals:
         self.state: Callable[[], State] | None = None
         self.table_from = clock()
         """Since when the table may be out of date that the agent began with: its start, or when it was put on disk."""
+        self.connections_dropped = {CROWDED: 0, SLOW: 0}
+        """By the health endpoint, which counts them."""
         self.underlay_changes = 0
         self.config_changes = 0
 
@@ -134,6 +137,7 @@ class Vitals:
             metrics.THREADS: {ONE: usage.threads},
             metrics.DESCRIPTORS: {ONE: usage.descriptors},
             metrics.STARTED: {ONE: usage.started},
+            metrics.CONNECTIONS: {(reason,): number for reason, number in self.connections_dropped.items()},
         }
 
     def _of_the_store(self) -> Found:

@@ -3,29 +3,16 @@
 import argparse
 import os
 import sys
-import time
-from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from overlay.commands import Refusal
-from overlay.commands.common import (
-    find_underlay,
-    open_store,
-    options_of,
-    our_devices,
-    present_config,
-    usable_config,
-)
+from overlay.commands.common import find_underlay, known_hosts, options_of, our_devices
 from overlay.options import CaptureOptions, OptionError, add_arguments, argument, whole_number
 
 if TYPE_CHECKING:
-    from overlay.capture import Known
     from overlay.roster import Roster
     from overlay.selection import Wanted
-    from subnet_lease.model import NetworkConfig
-    from subnet_lease.store import Snapshot
 
 
 def fill(parser: argparse.ArgumentParser) -> None:
@@ -93,7 +80,7 @@ def _capture(options: CaptureOptions, arguments: argparse.Namespace, wanted: "Wa
         show = work.JsonLines(sys.stdout)
     elif not arguments.quiet:
         show = work.Screen(sys.stdout, headers=arguments.verbose, colour=work.colourful(sys.stdout))
-    leases = work.Leases(_known_hosts(options, arguments.port, stack), note)
+    leases = work.Leases(known_hosts(options, arguments.port, stack), note)
     roster = leases.roster
     stop = work.Stop()
     recorder: pcap.Writer | None = None
@@ -130,73 +117,6 @@ def _capture(options: CaptureOptions, arguments: argparse.Namespace, wanted: "Wa
             if stop.asked and sys.stderr.isatty():
                 print(file=sys.stderr)  # Below the terminal's ^C.
             note(job.tally.line(tap.lost if tap else None, "shown" if show else "written" if recorder else "counted"))
-
-
-def _known_hosts(options: CaptureOptions, port: int | None, stack: ExitStack) -> "Callable[[], Known]":
-    """What reads the hosts of the overlay: from etcd, else from the last table on disk; else there are none.
-
-    `port` is used instead of what the network's configuration, or else a device of ours, says.
-    """
-    from dataclasses import replace
-
-    from overlay.capture import Known
-    from overlay.roster import Roster
-    from subnet_lease.store import StoreError
-
-    store = open_store(options)
-    stack.callback(store.close)
-
-    def changed(roster: Roster) -> Roster:
-        return roster if port is None else replace(roster, port=port)
-
-    def known() -> Known:
-        try:
-            config = present_config(options, store)
-            roster = _roster(config, store.snapshot())
-            return Known(changed(roster), True, f"{_hosts(roster)} by the leases in etcd")
-        except (StoreError, Refusal) as error:
-            reason = str(error)
-        if found := _stored_hosts(options):
-            age, roster = found
-            source = f"{_hosts(roster)} by the last table on disk, {age} s old, for want of etcd: {reason}"
-            return Known(changed(roster), False, source)
-        devices = our_devices()
-        roster = Roster(port=devices[0].port, vni=devices[0].vni) if devices else Roster()
-        return Known(changed(roster), False, f"hosts are not known: {reason}")
-
-    return known
-
-
-def _hosts(roster: "Roster") -> str:
-    return f"{len(roster.members)} host{'' if len(roster.members) == 1 else 's'} known"
-
-
-def _roster(config: "NetworkConfig", snapshot: "Snapshot") -> "Roster":
-    """The hosts whose leases agents accept."""
-    from overlay import listing
-    from overlay.roster import Roster
-
-    rows = listing.rows_of(config, snapshot)
-    return Roster.of(config, ((row.subnets, row.attrs) for row in rows if row.attrs and row.rejected is None))
-
-
-def _stored_hosts(options: CaptureOptions) -> "tuple[int, Roster] | None":
-    """The age in seconds of the last table on disk, and the hosts it knows; None if there is none to be had."""
-    from subnet_lease import cache
-    from subnet_lease.model import encode_attrs
-    from subnet_lease.store import Record
-
-    now = time.time()
-    cached = cache.read(Path(options.state_dir) / cache.FILE, now) if options.state_dir else None
-    if cached is None:
-        return None
-    own = cached.own
-    record = Record(own.key, encode_attrs(own.attrs), own.etcd_lease, own.create_revision, own.mod_revision)
-    snapshot = cached.snapshot._replace(records=(*cached.snapshot.records, record))
-    try:
-        return round(now - cached.written), _roster(usable_config(options, cached.config), snapshot)
-    except Refusal:
-        return None
 
 
 def _listened_to(options: CaptureOptions, roster: "Roster") -> tuple[str, bool]:

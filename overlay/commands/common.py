@@ -6,20 +6,24 @@ Everything is imported by what needs it: most of the time that a command takes i
 import argparse
 import os
 import random
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from overlay.commands import Refusal
-from overlay.options import EtcdOptions, HostOptions, OptionError, Options, config_file, resolve
+from overlay.options import CaptureOptions, EtcdOptions, HostOptions, OptionError, Options, config_file, resolve
 
 if TYPE_CHECKING:
+    from overlay.capture import Known
     from overlay.device import FoundDevice, Underlay
     from overlay.nft import Nftables
+    from overlay.roster import Roster
     from overlay.sysctl import Ledger
     from subnet_lease.etcd import EtcdStore
     from subnet_lease.model import NetworkConfig, Prefix
+    from subnet_lease.store import Snapshot
 
 Chosen = TypeVar("Chosen", bound=EtcdOptions)
 
@@ -182,3 +186,73 @@ def our_devices() -> "list[FoundDevice]":
     with closing(Kernel()) as kernel:
         found = [kernel.find_device(name) for name in names]
     return [device for device in found if device is not None and device.kind == "vxlan"]
+
+
+# --- the hosts of the overlay, for those who name them -------------------------------------------------------------
+
+
+def known_hosts(options: CaptureOptions, port: int | None, stack: ExitStack) -> "Callable[[], Known]":
+    """What reads the hosts of the overlay: from etcd, else from the last table on disk; else there are none.
+
+    `port` is used instead of what the network's configuration, or else a device of ours, says.
+    """
+    from dataclasses import replace
+
+    from overlay.capture import Known
+    from overlay.roster import Roster
+    from subnet_lease.store import StoreError
+
+    store = open_store(options)
+    stack.callback(store.close)
+
+    def changed(roster: Roster) -> Roster:
+        return roster if port is None else replace(roster, port=port)
+
+    def known() -> Known:
+        try:
+            config = present_config(options, store)
+            roster = roster_of(config, store.snapshot())
+            return Known(changed(roster), True, f"{_hosts(roster)} by the leases in etcd")
+        except (StoreError, Refusal) as error:
+            reason = str(error)
+        if found := _stored_hosts(options):
+            age, roster = found
+            source = f"{_hosts(roster)} by the last table on disk, {age} s old, for want of etcd: {reason}"
+            return Known(changed(roster), False, source)
+        devices = our_devices()
+        roster = Roster(port=devices[0].port, vni=devices[0].vni) if devices else Roster()
+        return Known(changed(roster), False, f"hosts are not known: {reason}")
+
+    return known
+
+
+def _hosts(roster: "Roster") -> str:
+    return f"{len(roster.members)} host{'' if len(roster.members) == 1 else 's'} known"
+
+
+def roster_of(config: "NetworkConfig", snapshot: "Snapshot") -> "Roster":
+    """The hosts whose leases agents accept."""
+    from overlay import listing
+    from overlay.roster import Roster
+
+    rows = listing.rows_of(config, snapshot)
+    return Roster.of(config, ((row.subnets, row.attrs) for row in rows if row.attrs and row.rejected is None))
+
+
+def _stored_hosts(options: CaptureOptions) -> "tuple[int, Roster] | None":
+    """The age in seconds of the last table on disk, and the hosts it knows; None if there is none to be had."""
+    from subnet_lease import cache
+    from subnet_lease.model import encode_attrs
+    from subnet_lease.store import Record
+
+    now = time.time()
+    cached = cache.read(Path(options.state_dir) / cache.FILE, now) if options.state_dir else None
+    if cached is None:
+        return None
+    own = cached.own
+    record = Record(own.key, encode_attrs(own.attrs), own.etcd_lease, own.create_revision, own.mod_revision)
+    snapshot = cached.snapshot._replace(records=(*cached.snapshot.records, record))
+    try:
+        return round(now - cached.written), roster_of(usable_config(options, cached.config), snapshot)
+    except Refusal:
+        return None

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from overlay.cluster import Lab
 from overlay.cluster_hosts import Host, LabError, Pod, addresses_of, macs_of, wait_until
+from overlay.firewall import SETS
 from overlay.topology import BACKENDS, LINKS, Link, Seat, Topology, address_lines, network_config
 from subnet_lease.model import Lease
 from tests.netns.traffic import all_to_all, exchange
@@ -393,9 +394,9 @@ def own_devices(host: Host) -> dict[str, dict[str, Any]]:
 
 
 def guarded(host: Host) -> set[str]:
-    """The addresses in the firewall's sets; empty without a table."""
+    """The addresses that the firewall lets in; empty without a table."""
     listing = host.run("nft", "-j", "list", "table", "inet", "overlay_agent")
     if listing.returncode:
         return set()
-    entries = json.loads(listing.stdout)["nftables"]
-    return {element for each in entries for element in each.get("set", {}).get("elem", ())}
+    sets = [each["set"] for each in json.loads(listing.stdout)["nftables"] if "set" in each]
+    return {element for each in sets if each["name"] in SETS.values() for element in each.get("elem", ())}

@@ -11,6 +11,8 @@ import pytest
 
 from overlay.cluster import Lab
 from overlay.cluster_hosts import Host, wait_until
+from overlay.firewall import SAMPLE_SIZE
+from overlay.surroundings import SHOWN, TELL_S
 from tests.conftest import MakeLab
 from tests.netns.test_overlay import events
 from tests.netns.traffic import Meter, all_to_all, exchange
@@ -79,6 +81,31 @@ def test_peer_that_leaves_is_a_stranger_and_one_that_comes_back_is_not(lab: Lab)
     h3.start_agent()
     h3.wait_ready()
     wait_until(lambda: let_in(h1) == others(lab, h1), SOON_S, "the address in the set")
+
+
+def test_a_flood_of_strangers_is_one_line_with_a_few_of_their_addresses(lab: Lab) -> None:
+    host = lab.hosts[2]
+    # An agent that has told of none.
+    host.kill_agent()
+    host.start_agent()
+    host.wait_ready()
+    before, told = strangers(host), len(events(host, "packets_dropped"))
+    forged = "bytes((172, 30, 9, n)) + bytes(map(int, dst.split('.')))"
+    head = "bytes((69, 0, 0, 88, 0, 0, 0, 0, 64, 17, 0, 0))"
+    send = (
+        f"import socket, struct; dst = {host.underlay_ip!r}; raw = socket.socket(2, 3, 255)\n"
+        "udp = struct.pack('!HHHH', 9, 8472, 68, 0) + bytes(60)\n"
+        f"for n in range(1, 201): raw.sendto({head} + {forged} + udp, (dst, 0))"
+    )
+    done = lab.hub.run(sys.executable, "-c", send)
+    assert done.returncode == 0, done.stderr
+    wait_until(lambda: len(events(host, "packets_dropped")) > told, 2 * TELL_S, "the line")
+    wait_until(lambda: strangers(host) == before + 200, SOON_S, "all of them counted")
+    kept = listed(host, "set", "strangers4")["elem"]
+    assert isinstance(kept, list) and len(kept) == SAMPLE_SIZE
+    (line,) = events(host, "packets_dropped")[told:]
+    assert line["reason"] == "strangers" and 0 < int(line["packets"]) <= 200
+    assert len(line["sources"]) == SHOWN and all(each.startswith("172.30.9.") for each in line["sources"])
 
 
 @pytest.mark.parametrize(

@@ -554,6 +554,9 @@ def test_what_no_peer_has_reason_to_send_is_dropped_and_counted(place: Place, fa
         assert arrives(place, family, family.far_pod, "pod", family.pod)
         assert not arrives(place, family, *FORGED[counter](family))
         assert nftables.counters() == {**dict.fromkeys(firewall.COUNTERS, 0), counter: 1}
+        kept = {each: sources for each in firewall.SAMPLED if (sources := nftables.sources(each))}
+        assert kept == {counter: [pack_address(FORGED[counter](family)[0])]}
+        assert nftables.dump() == set(HOSTS)
 
 
 @both_families

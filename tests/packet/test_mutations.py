@@ -25,6 +25,7 @@ import pytest
 
 from overlay.cluster import Lab
 from overlay.cluster_hosts import Host, Pod, wait_until
+from overlay.firewall import SETS
 from overlay.tap import Tap
 from overlay.topology import network_config
 from tests.conftest import MakeLab
@@ -181,9 +182,10 @@ def held(host: Host) -> dict[str, object]:
     found = {name: sorted(map(json.dumps, host.json(*argv))) for name, argv in kinds.items()}
     # Bridges keep groups and MACs as they come; those with a remote are the tunnels'.
     found["fdb"] = [entry for entry in found["fdb"] if '"dst"' in entry]
-    # Counters change, rules do not.
-    table = host.run("nft", "-s", "list", "table", "inet", "overlay_agent").stdout
-    return {**found, "firewall": table}
+    # Counters change, and samples of what they counted; rules do not, and who is let in.
+    table = host.run("nft", "-s", "-t", "list", "table", "inet", "overlay_agent").stdout
+    sets = [host.run("nft", "list", "set", "inet", "overlay_agent", name).stdout for name in SETS.values()]
+    return {**found, "firewall": table, "peers": sets}
 
 
 def page(host: Host, path: str) -> int:
@@ -224,18 +226,21 @@ def kernel_log() -> Iterator[Callable[[], list[str]]]:
 
 
 class Agent(NamedTuple):
-    """What must be the same of an agent before and after."""
+    """What must be the same of an agent before and after, but for what it has `told` of packets that it dropped."""
 
     pid: int | None
     healthy: tuple[int, int]
     complaints: tuple[str, ...]
+    told: tuple[str, ...]
     held: dict[str, object]
 
     @classmethod
     def of(cls, host: Host) -> "Agent":
         log = [json.loads(line) for line in host.log().splitlines() if line.startswith("{")]
-        complaints = [line["event"] for line in log if line["level"] != "info" or "drift" in line]
-        return cls(host.agent_pid, (page(host, "/healthz"), page(host, "/readyz")), tuple(complaints), held(host))
+        odd = [line for line in log if line["level"] != "info" or "drift" in line]
+        complaints = tuple(line["event"] for line in odd if line["event"] != "packets_dropped")
+        told = tuple(line["reason"] for line in odd if line["event"] == "packets_dropped")
+        return cls(host.agent_pid, (page(host, "/healthz"), page(host, "/readyz")), complaints, told, held(host))
 
 
 def test_whatever_is_put_on_the_underlay_nothing_comes_of_it_that_must_not(lab: Lab, ends: dict[str, Ends]) -> None:
@@ -274,7 +279,9 @@ def test_whatever_is_put_on_the_underlay_nothing_comes_of_it_that_must_not(lab: 
     assert stream.troubles == []
     for host in lab.hosts:
         after = Agent.of(host)
-        assert after._replace(held={}) == before[host.name]._replace(held={})
+        assert after._replace(told=(), held={}) == before[host.name]._replace(told=(), held={})
+        # Of a flood there is one line for each reason.
+        assert len(set(after.told)) == len(after.told) and (after.told or host is not h1)
         for kind, entries in after.held.items():
             assert entries == before[host.name].held[kind], f"{kind} of {host.name}"
     assert grown < LEAK_BYTES * (PACKETS // 2)

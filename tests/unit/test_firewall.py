@@ -108,13 +108,27 @@ def test_guard_looks_only_at_the_port_of_the_tunnels() -> None:
     assert rules_of(text, "tunnel") == [
         "ip saddr @peers4 accept",
         "ip6 saddr @peers6 accept",
-        'counter name "strangers"',
-        "drop",
+        "jump strangers",
     ]
 
 
+def test_sources_of_what_is_refused_are_kept_in_sets_that_cannot_grow() -> None:
+    text = ruleset(DUAL)
+    for counter in firewall.SAMPLED:
+        for version in (4, 6):
+            made = f"set {counter}{version} {{ type ipv{version}_addr; flags dynamic; size 16; timeout 600s; }}"
+            assert made in text and made in preparation(DUAL)
+        # A full set ends its rule: so nothing else is in it.
+        assert rules_of(text, counter) == [
+            f"update @{counter}4 {{ ip saddr }}",
+            f"update @{counter}6 {{ ip6 saddr }}",
+            f'counter name "{counter}"',
+            "drop",
+        ]
+
+
 def test_guard_that_only_logs_lets_strangers_in_at_a_limited_rate_of_lines() -> None:
-    (*_, counted, logged) = rules_of(ruleset(Rules((V4,), (), ("flannel.1",), guard="log")), "tunnel")
+    (*_, counted, logged) = rules_of(ruleset(Rules((V4,), (), ("flannel.1",), guard="log")), "strangers")
     assert counted == 'counter name "strangers"'
     assert logged.startswith("limit rate 1/second")
     assert "drop" not in logged
@@ -124,23 +138,24 @@ def test_tunnels_bring_nothing_from_our_own_subnets_nor_for_those_of_others() ->
     text = ruleset(DUAL)
     assert rules_of(text, "arrivals") == ['iifname { "flannel.7", "flannel-v6.7" } jump arrived']
     assert rules_of(text, "arrived") == [
-        'ip saddr 10.0.1.0/24 counter name "impostors" drop',
-        'ip daddr 10.0.0.0/8 ip daddr != 10.0.1.0/24 counter name "strays" drop',
-        'ip6 saddr fd00:0:0:1::/64 counter name "impostors" drop',
-        'ip6 daddr fd00::/48 ip6 daddr != fd00:0:0:1::/64 counter name "strays" drop',
+        "ip saddr 10.0.1.0/24 jump impostors",
+        "ip daddr 10.0.0.0/8 ip daddr != 10.0.1.0/24 jump strays",
+        "ip6 saddr fd00:0:0:1::/64 jump impostors",
+        "ip6 daddr fd00::/48 ip6 daddr != fd00:0:0:1::/64 jump strays",
     ]
 
 
 def test_what_tunnels_bring_is_only_counted_and_logged_where_strangers_are() -> None:
-    impostors, strays = rules_of(ruleset(replace(ONE, guard="log")), "arrived")
-    assert impostors.startswith('ip saddr 10.0.1.0/24 counter name "impostors" limit rate 1/second')
-    assert strays.startswith('ip daddr 10.0.0.0/8 ip daddr != 10.0.1.0/24 counter name "strays" limit rate 1/second')
-    assert "drop" not in impostors + strays
+    text = ruleset(replace(ONE, guard="log"))
+    for counter in ("impostors", "strays"):
+        *_, counted, logged = rules_of(text, counter)
+        assert counted == f'counter name "{counter}"' and logged.startswith("limit rate 1/second")
+    assert "drop" not in text
     assert "arriv" not in ruleset(replace(ONE, guard="off"))
 
 
 def test_subnet_outside_the_overlays_networks_has_no_rules_of_arrival() -> None:
-    assert not re.search(r"counter name \"(impostors|strays)\"", ruleset(replace(ONE, blocks=(V6,))))
+    assert not re.search(r"jump (impostors|strays)", ruleset(replace(ONE, blocks=(V6,))))
 
 
 def test_guard_needs_no_masquerading_and_masquerading_no_guard() -> None:

@@ -135,6 +135,28 @@ def test_a_client_that_says_nothing_is_dropped_when_its_time_is_over(
         assert client.recv(1) == b""
 
 
+def test_who_is_dropped_for_being_slow_or_in_a_crowd_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    dropped = dict.fromkeys(health.DROPPED, 0)
+    monkeypatch.setattr(health, "SECONDS_PER_CONNECTION", 0.2)
+    running = HealthServer("127.0.0.1", 0, {"/": lambda: (True, "")}, None, dropped)
+    running.start()
+    try:
+        assert ask(running, "/")[0] == 200
+        with socket.create_connection(("127.0.0.1", running.port)) as client:
+            assert client.recv(1) == b""
+        assert dropped == {"crowded": 0, "slow": 1}
+        monkeypatch.setattr(health, "MAX_CONNECTIONS", 1)
+        monkeypatch.setattr(health, "SECONDS_PER_CONNECTION", 60)
+        with (
+            socket.create_connection(("127.0.0.1", running.port)) as first,
+            socket.create_connection(("127.0.0.1", running.port)),
+        ):
+            assert first.recv(1) == b""
+        assert dropped == {"crowded": 1, "slow": 1}
+    finally:
+        running.stop()
+
+
 def test_a_client_that_resets_its_connection_is_survived(server: HealthServer) -> None:
     for request in (b"", b"GET /healthz HTTP/1.1\r\n\r\n"):
         client = socket.create_connection(("127.0.0.1", server.port), timeout=5)

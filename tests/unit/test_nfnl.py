@@ -92,6 +92,16 @@ def test_elements_of_our_sets_are_seen_to_come_and_go(kind: int, gone: bool) -> 
     assert seen(message(kind, INET, name(1, "overlay_agent"), name(2, "peers4"), body)) == Elements(addresses, gone)
 
 
+def test_elements_of_other_sets_of_ours_are_no_events_and_can_be_read() -> None:
+    buffer = message(
+        NEWSETELEM, INET, name(1, "overlay_agent"), name(2, "strangers4"), attribute(3, element(b"\xac\x1e\0\x01"))
+    )
+    assert seen(buffer) is None
+    assert nfnl.addresses(buffer, only(buffer)) == [pack_address("172.30.0.1")]
+    other = message(NEWOBJ, INET, name(1, "overlay_agent"))
+    assert nfnl.addresses(other, only(other)) == []
+
+
 @pytest.mark.parametrize("kind", [NEWTABLE, DELTABLE, NEWCHAIN, DELCHAIN, NEWRULE, DELRULE, NEWSET, NEWOBJ])
 def test_anything_else_of_our_table_is_an_alteration(kind: int) -> None:
     assert seen(message(kind, INET, name(1, "overlay_agent"))) == Altered()
@@ -146,7 +156,7 @@ def test_end_of_a_transaction_names_the_program() -> None:
     ],
 )
 def test_elements_that_cannot_be_read_are_none(damaged: bytes) -> None:
-    assert seen(message(NEWSETELEM, INET, name(1, "overlay_agent"), damaged)) == Elements((), False)
+    assert seen(message(NEWSETELEM, INET, name(1, "overlay_agent"), name(2, "peers4"), damaged)) == Elements((), False)
 
 
 # --- counters ---
@@ -179,12 +189,12 @@ def test_no_bytes_make_the_reader_fail(kind: int, family: int, body: bytes) -> N
     buffer = message(kind, family, body)
     nfnl.event(buffer, only(buffer))
     nfnl.counter(buffer, only(buffer))
+    nfnl.addresses(buffer, only(buffer))
 
 
 def test_requests_name_our_table_and_the_chain_of_iptables() -> None:
     for buffer, words in (
-        (nfnl.dump_elements(4, 3), [b"overlay_agent", b"peers4"]),
-        (nfnl.dump_elements(16, 3), [b"overlay_agent", b"peers6"]),
+        (nfnl.dump_elements("peers4", 3), [b"overlay_agent", b"peers4"]),
         (nfnl.dump_counters(3), [b"overlay_agent"]),
         (nfnl.ask_table(3), [b"overlay_agent"]),
         (nfnl.ask_forward(4, 3), [b"filter", b"FORWARD"]),

@@ -1,5 +1,7 @@
 """What the operator hears of the surroundings, over edges that say what the test says."""
 
+import threading
+from dataclasses import replace
 from typing import Any, cast
 
 import pytest
@@ -7,7 +9,9 @@ import structlog
 from structlog.testing import capture_logs
 
 from overlay import iptables, nft, surroundings
-from overlay.firewall import Finding, Rules
+from overlay.cluster_hosts import wait_until
+from overlay.drops import CROWDED
+from overlay.firewall import STRANGERS, Finding, Rules
 from overlay.iptables import Outcome
 from overlay.reconciler import Plan
 from overlay.surroundings import LOOK_S, Surroundings
@@ -19,10 +23,11 @@ RULES = Rules((BLOCK,), PLAN.subnets, ("flannel.1",), guard="on")
 
 
 class Tables:
-    """Stands for `nft.Nftables`; `failure` is raised by every call."""
+    """Stands for `nft.Nftables`, and for `nft.Questions`; `failure` is raised by every call of the former."""
 
     def __init__(self) -> None:
         self.loaded: list[str] = []
+        self.counted: dict[str, int] = {}
         self.failure: nft.NftFailed | None = None
 
     def apply(self, ruleset: str) -> None:
@@ -32,6 +37,15 @@ class Tables:
     def forward_versions(self) -> frozenset[int]:
         self._fail()
         return frozenset({4})
+
+    def counters(self) -> dict[str, int]:
+        return self.counted
+
+    def sources(self, counter: str) -> list[bytes]:
+        return [bytes((172, 30, 0, number)) for number in range(1, 9)]
+
+    def close(self) -> None:
+        pass
 
     def _fail(self) -> None:
         if self.failure:
@@ -45,7 +59,18 @@ def tables() -> Tables:
 
 @pytest.fixture
 def made(tables: Tables) -> Surroundings:
-    return Surroundings(lambda _: RULES, cast("nft.Nftables", tables), None, structlog.get_logger())
+    return surroundings_of(tables, RULES)
+
+
+def surroundings_of(tables: Tables, rules: Rules, dropped: dict[str, int] | None = None) -> Surroundings:
+    return Surroundings(
+        lambda _: rules,
+        cast("nft.Nftables", tables),
+        None,
+        structlog.get_logger(),
+        questions=lambda: cast("nft.Questions", tables),
+        dropped=lambda: dropped or {},
+    )
 
 
 def said(made: Surroundings, times: int = 1) -> list[tuple[str, Any]]:
@@ -99,3 +124,27 @@ def test_legacy_tables_are_looked_at_seldom(made: Surroundings, monkeypatch: pyt
     now += LOOK_S + 1
     assert made.disturbed() and not made.disturbed()
     assert len(looked) == 1
+
+
+@pytest.mark.parametrize(("guard", "event"), [("on", "packets_dropped"), ("log", "packets_suspected")])
+def test_what_is_dropped_is_told_with_its_reason_and_sources(
+    tables: Tables, monkeypatch: pytest.MonkeyPatch, guard: str, event: str
+) -> None:
+    monkeypatch.setattr(nft, "findings", lambda _: [])
+    dropped = {CROWDED: 0}
+    made = surroundings_of(tables, replace(RULES, guard=guard), dropped)
+    monkeypatch.setattr(surroundings, "TELL_S", 0.01)
+    with capture_logs() as logs:
+        made.look_around(PLAN)
+        thread = threading.Thread(target=made.run)
+        thread.start()
+        wait_until(lambda: not made._asked.qsize(), what="the first look")
+        tables.counted, dropped[CROWDED] = {STRANGERS: 3}, 2
+        wait_until(lambda: len(logs) == 2, what="both lines")
+        made.stop()
+        thread.join(10)
+    assert not thread.is_alive()
+    by_event = {line["event"]: line for line in logs}
+    assert by_event[event]["packets"] == 3 and by_event[event]["reason"] == STRANGERS
+    assert by_event[event]["sources"] == [f"172.30.0.{number}" for number in range(1, 5)]
+    assert by_event["connections_dropped"]["connections"] == 2 and "sources" not in by_event["connections_dropped"]
