@@ -43,6 +43,7 @@ from overlay.options import (
 if TYPE_CHECKING:
     from overlay.device import Underlay
     from overlay.firewall import Rules
+    from overlay.journal import Journal
     from overlay.kernel import Kernel
     from overlay.loops import Loops
     from overlay.notify import Notifier
@@ -86,6 +87,14 @@ COMMANDS = {
     "trace": (
         "follow a packet through this host and name the first thing that is wrong",
         "Ask the kernel what it would do with a packet, at each step, up to the first that is wrong. Changes nothing.",
+    ),
+    "whois": (
+        "say which host holds an address, or held it",
+        "Say which host and lease stand for an address: by etcd now, and by this host's journal in the past.",
+    ),
+    "events": (
+        "list what happened, from this host's journal",
+        "List joins, leaves, drift, repairs and conflicts that this host's agent has seen, the newest last.",
     ),
     "lab": (
         "a cluster in network namespaces on this machine",
@@ -197,7 +206,7 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
     from subnet_lease.keeper import Keeper
     from subnet_lease.watcher import Watcher
 
-    log = structlog.get_logger("agent")
+    journal, log = _journal(options, loops, structlog.get_logger("agent"))
     log.info("starting", version=overlay.__version__, etcd=list(options.etcd_endpoints), prefix=options.etcd_prefix)
     for variable, reason in ignored_environment(os.environ).items():
         log.warning("variable_ignored", variable=variable, reason=reason)
@@ -259,6 +268,7 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
         avoid=underlay.links,
         assumed=cached.own if cached else None,
         on_lease=held,
+        log=log,
     )
     waiting("a subnet")
     if cached:
@@ -286,8 +296,9 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
             listed=options.ip_masq or (options.source_guard != "off" and backend.tunnels),
             nexthops=options.nexthop_objects,
             passes=vitals.passes,
+            tell=journal.tell if journal else None,
         )
-        watcher = Watcher(store, deliver, first=snapshot)
+        watcher = Watcher(store, deliver, first=snapshot, log=log)
     if cached:
         reconciler.post(cached.snapshot)
     vitals.lease, vitals.table, vitals.state = keeper, watcher, lambda: reconciler.state
@@ -344,6 +355,27 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
             config_watch.check()
         if vitals.healthz()[0]:
             notifier.beat()
+
+
+def _journal(options: Options, loops: "Loops", log: Any) -> "tuple[Journal | None, Any]":
+    """What keeps the journal, which runs from now on, and a logger that tells it what `log` is told."""
+    if not options.state_dir or not options.journal_size:
+        return None, log
+    from overlay import logs, netlink
+    from overlay.journal import DIRECTORY, Journal, Retold
+
+    journal = Journal(
+        Path(options.state_dir) / DIRECTORY,
+        limit=options.journal_size << 20,
+        age=options.journal_days * 86400.0,
+        about={"version": overlay.__version__},
+        log=log,
+        who=netlink.process_of,
+    )
+    # The first to start is the last to stop: it hears of all that the others do. A disk that hangs is the journal's
+    # trouble alone, so no pulse of its counts for the agent's health.
+    loops.start("journal", journal.run, journal.stop)
+    return journal, Retold(log, journal.tell, lambda facts: logs.conceal(None, "", facts))
 
 
 def _first_config(

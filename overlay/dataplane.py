@@ -47,12 +47,14 @@ class HostDataplane:
         elements = (
             Guard(address) if present else Gone(Guard(address)) for address, present in firewall.elements.items()
         )
+        programs = ", ".join(firewall.programs)
         return Seen(
             (*seen.sights, *elements),
             seen.lost,
             seen.device_changed,
             gone or firewall.altered or firewall.lost or bool(firewall.forward) or self._disturbed(),
             firewall.programs if firewall.altered else (),
+            {**seen.by, **dict.fromkeys(firewall.elements, programs)} if programs else seen.by,
         )
 
     def apply(self, ops: list[Op]) -> list[Refusal]:

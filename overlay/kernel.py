@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from overlay import iproute, netlink, rtnl
 from overlay.device import OWNER, DeviceSpec, FoundDevice, adjustments, incompatibility
-from overlay.model import PROTOCOL, Drop, Entry, Gone, NextHop, Op, Put, Refusal, Route, Seen, Sight
+from overlay.model import PROTOCOL, Drop, Entry, Gone, Key, NextHop, Op, Put, Refusal, Route, Seen, Sight
 from subnet_lease.model import Prefix, format_address, format_mac, pack_address, pack_mac
 
 if TYPE_CHECKING:
@@ -129,6 +129,7 @@ class Kernel:
         buffers, self._unread = self._unread, []
         lost, self._lost = self._lost, False
         sights: list[Sight] = []
+        by: dict[Key, int | str] = {}
         changed = False
         tunnels = self.tunnels.values()
         for buffer in buffers:
@@ -142,7 +143,9 @@ class Kernel:
                 seen = rtnl.sight(buffer, message, tunnels)
                 if seen is not None:
                     sights.append(seen)
-        return Seen(tuple(sights), lost, changed)
+                    if message.port:
+                        by[(seen.entry if isinstance(seen, Gone) else seen)[0]] = message.port
+        return Seen(tuple(sights), lost, changed, by=by)
 
     def _drain(self) -> None:
         """Move what is queued to memory: the socket's buffer is bounded, and a batch of ours may outgrow it."""

@@ -99,7 +99,7 @@ def _object(row: Row, ttls: Mapping[int, int]) -> dict[str, Any]:
         "key": row.key,
         "subnet": str(row.subnet) if row.subnet else None,
         "ipv6_subnet": str(row.subnet6) if row.subnet6 else None,
-        "node_name": _node_name(attrs),
+        "node_name": node_name(attrs),
         "public_ip": format_address(attrs.public_ip) if attrs.public_ip else None,
         "public_ipv6": format_address(attrs.public_ip6) if attrs.public_ip6 else None,
         "backend_type": attrs.backend_type if row.attrs else None,
@@ -161,7 +161,7 @@ def _columns(rows: Sequence[Row], ttls: Mapping[int, int] | None) -> dict[str, l
         "!": ["!" if row.rejected else "" for row in rows],
         "SUBNET": [_cell(row.subnet) for row in rows],
         "IPV6 SUBNET": [_cell(row.subnet6) for row in rows],
-        "HOST": [_shortened(_plain(_node_name(row.attrs) or "-"), MAX_NAME) for row in rows],
+        "HOST": [_shortened(_plain(node_name(row.attrs) or "-"), MAX_NAME) for row in rows],
     }
     told = [row.attrs or _UNREADABLE for row in rows]
     columns["PUBLIC IP"] = [format_address(attrs.public_ip) if attrs.public_ip else "-" for attrs in told]
@@ -215,12 +215,12 @@ def _shortened(text: str, most: int) -> str:
 
 def holder(attrs: LeaseAttrs) -> str:
     """A host, for a message: its underlay address, and its name if it has given one."""
-    name, address = _node_name(attrs), attrs.underlay_ip
+    name, address = node_name(attrs), attrs.underlay_ip
     called = format_address(address) if address else "a host without an address"
     return called + (f" ({_shortened(_plain(name), MAX_NAME)})" if name else "")
 
 
-def _node_name(attrs: LeaseAttrs | None) -> str | None:
+def node_name(attrs: LeaseAttrs | None) -> str | None:
     """What the host calls itself; None if it does not, as flanneld never does."""
     name = attrs.extra.get("NodeName") if attrs else None
     return name if type(name) is str and name else None

@@ -69,7 +69,7 @@ CHANGES = ("removed", "altered")
 OUTCOMES = ("changed", "unchanged", "failed")
 REQUESTS = ("read", "write", "lease", "login", "watch")
 FAILURES = ("unavailable", "tls", "denied")
-LOOPS = ("reconciler", "watcher", "keeper", "config", "underlay", "checksums", "cache", "surroundings")
+LOOPS = ("reconciler", "watcher", "keeper", "config", "underlay", "checksums", "cache", "surroundings", "journal")
 
 _SHORT = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Seconds: a pass takes half a millisecond for one peer, and some seconds for tens of thousands."""

@@ -10,6 +10,8 @@ An entry read from the kernel that carries something we never set decodes to a v
 how alterations are seen. Nothing here knows of netlink's encoding or of leases.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from subnet_lease.model import Prefix, format_address, format_mac
@@ -152,7 +154,8 @@ class Seen(NamedTuple):
 
     `device_changed`: a device of ours, its addresses or state, or the underlay's link is not as it was; entries may
     have gone without notice. `firewall_changed`: the same of our rules; `altered_by` names the programs that have
-    changed them.
+    changed them. `by` says of keys who caused the last sight of them, where the kernel does: a netlink port id, or the
+    names of programs.
     """
 
     sights: tuple[Sight, ...] = ()
@@ -160,3 +163,4 @@ class Seen(NamedTuple):
     device_changed: bool = False
     firewall_changed: bool = False
     altered_by: tuple[str, ...] = ()
+    by: Mapping[Key, int | str] = MappingProxyType({})

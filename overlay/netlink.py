@@ -3,10 +3,12 @@
 Nothing here knows a message; `kernel` speaks rtnetlink, `nft` speaks nfnetlink.
 """
 
+import contextlib
 import errno
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from overlay import bpf, sockets
 
@@ -34,6 +36,22 @@ def queued(monitor: socket.socket) -> Iterator[bytes | None]:
             if error.errno != errno.ENOBUFS:
                 raise
             yield None
+
+
+def process_of(port: int) -> str | None:
+    """Name and id of the process that has an rtnetlink socket with this port id in this namespace; None if none does.
+
+    The kernel gives the first socket of a process the process's id (netlink_autobind), but anybody may choose another,
+    and ids come again: only a process that has the socket open counts. One that has ended cannot be told, nor one
+    whose descriptors we may not read.
+    """
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        rows = [row.split() for row in Path("/proc/net/netlink").read_text(encoding="ascii").splitlines()[1:]]
+        sockets_ = {f"socket:[{row[9]}]" for row in rows if int(row[1]) == socket.NETLINK_ROUTE and int(row[2]) == port}
+        process = Path(f"/proc/{port}")
+        if sockets_ and any(str(link.readlink()) in sockets_ for link in (process / "fd").iterdir()):
+            return f"{(process / 'comm').read_text(encoding='utf-8', errors='replace').strip()} (pid {port})"
+    return None
 
 
 def drop_from(monitor: socket.socket, source: socket.socket) -> None:

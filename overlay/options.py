@@ -206,6 +206,8 @@ BLOCKS = Kind("CIDR", _block, toml=list, repeatable=True)
 PORT = Kind("PORT", whole_number(0, 65535), toml=int)
 MINUTES = Kind("MINUTES", whole_number(1, 24 * 60 - 1, unit=60), toml=int)
 SECONDS = Kind("SECONDS", whole_number(1, 365 * 86400), toml=int)
+DAYS = Kind("DAYS", whole_number(1, 3650), toml=int)
+MEBIBYTES = Kind("MIB", whole_number(0, 1 << 20), toml=int)
 INTERFACES = Kind("NAME|ADDRESS", _text, toml=list, repeatable=True)
 REGEXES = Kind("REGEX", _regex, toml=list, repeatable=True)
 ENDPOINTS = Kind("URL[,URL...]", _endpoint, toml=list, separator=",")
@@ -217,7 +219,7 @@ FORMATS = _choice("auto", "console", "json")
 
 # --- the table ---------------------------------------------------------------------------------------------------
 
-GROUPS = ("etcd", "leases", "underlay", "dataplane", "health", "logging")
+GROUPS = ("etcd", "leases", "underlay", "dataplane", "health", "journal", "logging")
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,14 +355,18 @@ class HostOptions(EtcdOptions):
 
 @dataclass(frozen=True, slots=True)
 class CaptureOptions(HostOptions):
-    """As `HostOptions`, and where the last table of peers is: what it takes to know the hosts while etcd is away."""
+    """As `HostOptions`, and where the last table of peers is: what it takes to know the hosts while etcd is away.
+
+    The journal is there too.
+    """
 
     state_dir: Annotated[
         str,
         Declaration(
             "leases",
             FILE,
-            "Directory for the last table of peers, from which a host comes up that boots while etcd is away.",
+            "Directory for the last table of peers, from which a host comes up that boots while etcd is away, and for "
+            "the journal.",
             flannel=False,
         ),
     ] = "/var/lib/overlay-agent"
@@ -453,6 +459,19 @@ class Options(CaptureOptions):
             flannel=False,
         ),
     ] = 300
+    journal_size: Annotated[
+        int,
+        Declaration(
+            "journal",
+            MEBIBYTES,
+            "Largest size on disk of the journal that `events` and `whois` read; 0 keeps none.",
+            flannel=False,
+        ),
+    ] = 64
+    journal_days: Annotated[
+        int,
+        Declaration("journal", DAYS, "How far the journal reaches back, if its size lets it.", flannel=False),
+    ] = 90
 
 
 Chosen = TypeVar("Chosen", bound=EtcdOptions)
@@ -558,6 +577,8 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **arguments: Any) -> None:
         arguments.setdefault("formatter_class", _help_format)
         super().__init__(allow_abbrev=False, **arguments)
+        # As `-2h` in `--at -2h`: argparse takes only whole numbers for values, and no option of ours begins like that.
+        self._negative_number_matcher = re.compile(r"-\d")
 
     # argparse overloads this by the type of `namespace`; all callers here leave that out.
     def parse_args(  # type: ignore[override]

@@ -22,6 +22,7 @@ from overlay.device import DeviceSpec, Underlay, overlay_mtu
 from overlay.kernel import DeviceOccupied, KernelRefused
 from overlay.metrics import Passes
 from overlay.model import Entry, Guard, NextHop, Op, Put, Refusal, Route, Seen
+from overlay.records import Event, Table, Tell, Turns, author
 from overlay.tracker import Drift, Tracker
 from subnet_lease.model import Lease, NetworkConfig, Prefix
 from subnet_lease.pulse import Pulse
@@ -48,6 +49,9 @@ SHOWN = 4
 
 PASS_S = 30.0
 """Longest that a pass may take: the first one with 15,000 peers takes two seconds."""
+
+TOLD = 64
+"""How many drifted or refused entries of one pass the journal is told of one by one."""
 
 SHOWN_KEY = 64
 """How much of a key that may be anybody's is shown."""
@@ -131,6 +135,7 @@ class Reconciler:
     would be in the way before (firewall rules); `on_ready(plan)` after the first pass that tried everything, and again
     after the plan changed. `listed`: whether the firewall wants to know the hosts' addresses. `nexthops`: whether
     routes may go through nexthop objects, where the kernel has them. `passes` takes the counts of what was done.
+    `tell`, after a pass, hears how leases turned, what drifted and what became of it; it may not block.
     """
 
     def __init__(
@@ -147,8 +152,10 @@ class Reconciler:
         listed: bool = False,
         nexthops: bool = True,
         passes: Passes | None = None,
+        tell: Tell | None = None,
     ) -> None:
         self._kernel = kernel
+        self._tell = tell
         self._config = config
         self._underlay = underlay
         self._prepare = prepare
@@ -174,6 +181,9 @@ class Reconciler:
         """Which leases are accepted; `_outdated` if that is by what this host was before, until the next snapshot."""
         self._complete = False
         """Whether a snapshot has been taken in, so that what is not wanted may be removed."""
+        self._turned: set[str] = set()
+        """Keys that may stand otherwise than was told, all of them if there is a new snapshot."""
+        self._renewed = False
         self._doubt = True
         """Whether the devices or the entries may differ from what we believe, in ways only a dump shows."""
         self._moved: set[int] = set()
@@ -257,6 +267,7 @@ class Reconciler:
                 if str(trouble) != self.state.trouble:
                     self._log.error("dataplane_refused", reason=str(trouble))
                 self._publish(str(trouble))
+            self._tell_leases()
 
     def _read_mail(self) -> bool:
         """Take in all facts; False if one says to stop."""
@@ -269,6 +280,7 @@ class Reconciler:
                     moved = lease.subnets != self._lease.subnets
                     if moved or lease.attrs != self._lease.attrs:
                         self._lease, self._outdated = lease, True
+                        self._turned.add(lease.key)
                         self._replan()
                     if moved:
                         # What the table accepts may overlap what is ours now.
@@ -281,11 +293,13 @@ class Reconciler:
                     self._want(changed)
                     known = self._tracker.owners | self._unreachable
                     self._want([owner for owner in known if self._table.accepted(owner) is None])
-                    self._complete = True
+                    self._complete = self._renewed = True
                     self._wait_for_lingering()
                 case Changes() as changes:
                     if self._complete:
-                        self._want(self._table.apply(changes))
+                        changed = self._table.apply(changes)
+                        self._want(changed)
+                        self._turned.update(changed, (event.key for event in changes.events))
                         self._since = posted if self._since is None else self._since
                 case NetworkConfig() as config:
                     # Of the same network and devices: what else the operator may change does not concern the table.
@@ -300,6 +314,21 @@ class Reconciler:
                 case Survey() as survey:
                     survey.answer(self._census())
         return True
+
+    def _tell_leases(self) -> None:
+        """Say of the keys that may have turned how they stand. Our own lease is not the table's: it is no peer's."""
+        if not self._complete or not (self._renewed or self._turned):
+            return
+        table, own = self._table, self._lease
+        if self._tell is not None and self._renewed:
+            standings: dict[str, Lease | str] = dict(table.peers())
+            standings.update(table.rejected)
+            standings[own.key] = own
+            self._tell(Table(standings))
+        elif self._tell is not None:
+            self._tell(Turns({key: own if key == own.key else table.standing(key) for key in self._turned}))
+        self._renewed = False
+        self._turned.clear()
 
     def _census(self) -> Census:
         leases = [lease for _, lease in self._table.peers()]
@@ -318,6 +347,8 @@ class Reconciler:
             self._log.warning(
                 "store_went_back", peers_kept=self._table.lingering, effect=f"kept for {LINGER:g} s unless they return"
             )
+            if self._tell is not None:
+                self._tell(Event("store_went_back", {"peers_kept": self._table.lingering}))
 
     def _keeps(self, entry: Entry) -> bool:
         """Whether it reaches a host that has not followed a change of the network yet, or that we have not."""
@@ -347,7 +378,9 @@ class Reconciler:
         """Withdraw the peers that were kept and did not return, when it is time."""
         if self._let_go_at is not None and (not self._table.lingering or self._clock() >= self._let_go_at):
             self._let_go_at = None
-            self._want(self._table.let_go())
+            gone = self._table.let_go()
+            self._want(gone)
+            self._turned.update(gone)
 
     def _want(self, keys: Iterable[str]) -> None:
         """Work out anew what these leases call for. As long as there is no device it is nothing: see `_look_again`."""
@@ -384,6 +417,8 @@ class Reconciler:
             self._doubt = self._doubt or any(refusal.errno == errno.ENODEV for refusal in refusals)
         else:
             self._retry = 0.0
+        if self._tell is not None:
+            self._tell_entries(self._tell, seen, drifts, refusals)
         self._report(puts, drops, refusals, drifts, started)
         if self._complete and not self._protected:
             self._protected = True
@@ -463,6 +498,27 @@ class Reconciler:
                 ms=round(seconds * 1000, 1),
                 **facts,
             )
+
+    def _tell_entries(self, tell: Tell, seen: Seen, drifts: Sequence[Drift], refusals: Sequence[Refusal]) -> None:
+        """Say what drifted and who did it, what was mended of it, and what the kernel refuses anew."""
+        if seen.lost:
+            tell(Event("notifications_lost", {}))
+        if seen.altered_by:
+            tell(Event("firewall_altered", {"by": ", ".join(seen.altered_by)}))
+        for drift in drifts[:TOLD]:
+            found = "nothing" if drift.found is None else str(drift.found)
+            who = author(drift.found, seen.by.get(drift.want[0]))
+            tell(Event("drift", {"entry": str(drift.want), "found": found, **who}))
+        if len(drifts) > TOLD:
+            tell(Event("drift", {"more": len(drifts) - TOLD, "by": "unknown"}))
+        refused = {refusal.op.entry[0] for refusal in refusals}
+        if drifts and self._complete:
+            mended = sum(drift.want[0] not in refused for drift in drifts)
+            tell(Event("repaired", {"entries": mended, "refused": len(drifts) - mended}))
+        if len(refusals) != self.state.refused:
+            for refusal in refusals[:TOLD]:
+                code = errno.errorcode.get(refusal.errno, str(refusal.errno))
+                tell(Event("refused", {"entry": str(refusal.op.entry), "errno": code}))
 
     def _publish(self, trouble: str) -> None:
         tracker = self._tracker

@@ -25,6 +25,7 @@ _TITLES = {
     "underlay": "Underlay",
     "dataplane": "Dataplane",
     "health": "Health",
+    "journal": "Journal",
     "logging": "Logging",
 }
 

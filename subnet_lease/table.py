@@ -460,6 +460,12 @@ class LeaseTable:
         """The lease to program, None if there is none or it is rejected."""
         return None if key in self._contested else self._valid.get(key)
 
+    def standing(self, key: str) -> Lease | str | None:
+        """The accepted lease, or why it is rejected; None if there is no such key."""
+        if key in self._invalid:
+            return self._invalid[key]
+        return self._contest(key) if key in self._contested else self._valid.get(key)
+
     def peers(self) -> Iterator[tuple[str, Lease]]:
         """All accepted leases."""
         return ((key, lease) for key, lease in self._valid.items() if key not in self._contested)

@@ -23,7 +23,7 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _cleanup(options: Options, *, release: bool) -> int:
     from overlay import cleanup as work
-    from overlay import logs, nft, preflight
+    from overlay import journal, logs, nft, preflight
     from overlay.kernel import Kernel, KernelRefused
     from overlay.underlay import NoUnderlay
     from subnet_lease import cache
@@ -52,7 +52,11 @@ def _cleanup(options: Options, *, release: bool) -> int:
                 if removed.device is not None:
                     addresses.append(removed.device.local)
                     macs.append(removed.device.mac)
-        except (KernelRefused, nft.NftFailed) as error:
+            history = Path(options.state_dir) / journal.DIRECTORY
+            if options.state_dir and journal.remove(history):
+                nothing = False
+                print(f"removed {history}")
+        except (KernelRefused, nft.NftFailed, OSError) as error:
             raise Refusal(f"cleanup is not complete: {error}") from None
         if nothing:
             print("nothing of the agent's is left on this host")

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 Chosen = TypeVar("Chosen", bound=EtcdOptions)
 
+TIMES_HELP = "2h (ago), 14:00, yesterday 14:00, 2026-11-21T14:00"
+
 
 def options_of(kind: type[Chosen], arguments: argparse.Namespace) -> Chosen:
     """The options of a command from all their sources; the file is read here."""
@@ -123,6 +125,20 @@ def usable_config(options: EtcdOptions, value: bytes) -> "NetworkConfig":
         return usable(value)
     except ConfigInvalid as error:
         raise Refusal(f"the network configuration in {options.etcd_prefix}/config cannot be used: {error}") from None
+
+
+def time_of(option: str, text: str | None) -> float | None:
+    """The time that an option says, in seconds since 1970; None where it is not given."""
+    from datetime import datetime
+
+    from overlay.history import moment
+
+    if text is None:
+        return None
+    try:
+        return moment(text, datetime.now().astimezone())
+    except ValueError as error:
+        raise OptionError(option, str(error)) from None
 
 
 def claim() -> Any:

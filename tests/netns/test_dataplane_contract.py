@@ -95,11 +95,14 @@ class Foreign:
 
 
 class Quiet(Kernel):
-    """A kernel without what IPv6 does of its own accord: neighbours for multicast, routes for addresses."""
+    """A kernel without what IPv6 does of its own accord: neighbours for multicast, routes for addresses.
+
+    Nor does it say who caused a change, which the fake does not know.
+    """
 
     def observe(self) -> Seen:
         seen = super().observe()
-        return seen._replace(sights=tuple(each for each in seen.sights if not _of_the_kernels_own(each)))
+        return seen._replace(sights=tuple(each for each in seen.sights if not _of_the_kernels_own(each)), by={})
 
     def dump(self, nexthops: bool) -> Iterator[Entry]:
         return (each for each in super().dump(nexthops) if not _of_the_kernels_own(each))

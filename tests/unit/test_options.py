@@ -465,3 +465,9 @@ def test_the_reference_has_a_row_for_every_option() -> None:
     for field in dataclasses.fields(Options):
         assert f"`OVERLAY_AGENT_{field.name.upper()}`" in text
     assert max(map(len, text.split("\n## ")[0].splitlines())) <= 120
+
+
+def test_a_value_may_begin_with_a_dash_and_a_digit() -> None:
+    parser = options.Parser()
+    parser.add_argument("--at")
+    assert parser.parse_args(["--at", "-2h"]).at == "-2h"

@@ -17,7 +17,21 @@ from overlay.backends import V4, Here, backend_of
 from overlay.device import FoundDevice, Underlay, derived_mac, overlay_mtu
 from overlay.kernel import KernelRefused
 from overlay.model import PROTOCOL_BOOT, Drop, Entry, Fdb, Guard, NextHop, Put, Route
-from overlay.reconciler import HEARTBEAT, LINGER, RETRY, RETRY_MOST, Census, Fact, Plan, Reconciler, State, Stop, Survey
+from overlay.reconciler import (
+    HEARTBEAT,
+    LINGER,
+    RETRY,
+    RETRY_MOST,
+    TOLD,
+    Census,
+    Fact,
+    Plan,
+    Reconciler,
+    State,
+    Stop,
+    Survey,
+)
+from overlay.records import Event, News, Table, Turns
 from subnet_lease.model import (
     Lease,
     LeaseAttrs,
@@ -130,11 +144,13 @@ class Agent:
         self.kernel = kernel or SteppedKernel()
         self.config, self.underlay, self.listed = config, underlay, listed
         self.calls: list[str] = []
+        self.news: list[News] = []
         ticks = itertools.count(1)
         self.reconciler = Reconciler(
             self.kernel, config, underlay, own,
             prepare=partial(self._called, "prepare"), protect=partial(self._called, "protect"),
             on_ready=partial(self._called, "ready"), clock=lambda: float(next(ticks)), listed=listed,
+            tell=self.news.append,
         )  # fmt: skip
 
     def _called(self, what: str, plan: Plan) -> None:
@@ -876,3 +892,55 @@ def test_rejected_leases_are_told_with_their_reasons_and_not_twice(agent: Agent)
     assert line["rejected"] == 2
     assert [len(reason.partition(":")[0]) for reason in line["reasons"]] == [64, len("10.0.4.0-24")]
     assert "has longer been" in line["reasons"][1]
+
+
+# --- the journal ---
+
+
+def test_the_journal_hears_of_every_key_first_and_then_of_those_that_turn() -> None:
+    made = Agent()
+    made.post(Snapshot((*map(record, (OWN, lease(1))), Record("10.0.2.0-24", b"", 1, 5, 5)), 300, 1))
+    assert made.news == [Table({OWN.key: OWN, lease(1).key: lease(1), "10.0.2.0-24": "the value is not JSON"})]
+    made.news.clear()
+    made.post(joined(lease(3), 301), left(1, 302), joined(OWN, 303))
+    # Of one pass once, as the keys stand at its end.
+    assert made.news == [Turns({lease(3).key: lease(3), lease(1).key: None, OWN.key: OWN})]
+    made.news.clear()
+    made.post(MOVED)
+    assert made.news == []
+    made.post(snapshot([3], 304))
+    (told,) = made.news
+    assert isinstance(told, Table) and told.standings[MOVED.key] == MOVED
+
+
+def test_the_journal_hears_what_drifted_and_what_became_of_it(agent: Agent) -> None:
+    route = next(entry for entry in agent.entries(lease(1)) if isinstance(entry, Route))
+    agent.news.clear()
+    agent.kernel.stranger.apply([Drop(route)])
+    agent.settle()
+    drift, repaired = agent.news
+    assert isinstance(drift, Event) and (drift.kind, drift.facts["entry"], drift.facts["found"]) == (
+        "drift", str(route), "nothing",
+    )  # fmt: skip
+    assert repaired == Event("repaired", {"entries": 1, "refused": 0})
+
+
+def test_the_journal_hears_of_a_refusal_once_while_it_lasts(agent: Agent) -> None:
+    route = next(entry for entry in agent.entries(lease(4)) if isinstance(entry, Route))
+    agent.kernel.refuse[route.destination] = errno.ENOMEM
+    agent.post(joined(lease(4), 301))
+    agent.later()
+    told = [news for news in agent.news if isinstance(news, Event)]
+    assert told == [Event("refused", {"entry": str(route), "errno": "ENOMEM"})]
+
+
+def test_of_many_drifted_entries_the_journal_hears_some_and_how_many_more() -> None:
+    made = Agent()
+    numbers = range(1, TOLD + 10)
+    made.post(snapshot(numbers))
+    made.news.clear()
+    made.kernel.stranger.apply([Drop(e) for n in numbers for e in made.entries(lease(n)) if isinstance(e, Fdb)])
+    made.settle()
+    drifts = [news for news in made.news if isinstance(news, Event) and news.kind == "drift"]
+    assert len(drifts) == TOLD + 1
+    assert drifts[-1].facts["more"] == 9

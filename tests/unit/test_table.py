@@ -198,6 +198,14 @@ def test_rejected_lease_that_is_mended_is_accepted() -> None:
     assert (accepted(made), made.rejected_count) == ({"10.0.1.0-24"}, 0)
 
 
+def test_each_key_stands_as_a_lease_a_reason_or_nothing() -> None:
+    made = table(record("10.0.1.0-24", 1, 5), record("10.0.1.128-25", 2, 6), Record("10.0.3.0-24", b"", 1, 7, 7))
+    assert made.standing("10.0.1.0-24") == made.accepted("10.0.1.0-24") is not None
+    for key in ("10.0.1.128-25", "10.0.3.0-24"):
+        assert made.standing(key) == made.rejected[key]
+    assert made.standing("10.0.4.0-24") is None
+
+
 def test_accepted_lease_that_is_spoiled_is_withdrawn() -> None:
     made = table(record("10.0.1.0-24", 1, 5))
     assert made.apply(changes(Record("10.0.1.0-24", b"x", 1, 5, 101))) == {"10.0.1.0-24"}
