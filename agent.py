@@ -12,7 +12,7 @@ import random
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -41,8 +41,11 @@ from overlay.options import (
 )
 
 if TYPE_CHECKING:
+    from overlay.causes import Finding
+    from overlay.control import Handler
     from overlay.device import Underlay
     from overlay.firewall import Rules
+    from overlay.insight import Insight
     from overlay.journal import Journal
     from overlay.kernel import Kernel
     from overlay.loops import Loops
@@ -63,6 +66,10 @@ COMMANDS = {
     "run": (
         "run the agent of this host",
         "Lease a subnet, set up the VXLAN device, and keep this host's entries in step with its peers.",
+    ),
+    "status": (
+        "show how this host and its peers fare",
+        "Ask the agent of this host how it fares. Exit code 0: healthy, 1: degraded, 2: down, or no agent answers.",
     ),
     "cleanup": (
         "remove all that the agent made on this host",
@@ -172,12 +179,15 @@ def run(options: Options) -> int:
         stack.callback(notifier.stopping)
         loops = Loops()
         vitals = _vitals(options, loops)
+        insight = _insight(options, loops)
+        vitals.findings = insight.findings
         store = open_store(options, vitals.requested)
         stack.callback(store.close)
         stack.enter_context(loops)
         _serve_health(options, vitals, stack)
+        _answer_questions(options, insight.questions, stack)
         try:
-            _run(options, store, notifier, loops, vitals)
+            _run(options, store, notifier, loops, vitals, insight)
         except Terminated:
             return 0
         except LoopFailed as failed:
@@ -186,15 +196,19 @@ def run(options: Options) -> int:
             ) from None
 
 
-def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loops", vitals: "Vitals") -> NoReturn:
+def _run(
+    options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loops", vitals: "Vitals", insight: "Insight"
+) -> NoReturn:
     """Build the edges, take the lease, start the loops, and watch over them until one fails or a signal comes."""
     import structlog
 
-    from overlay import subnet_file
+    from overlay import subnet_file, verdict
     from overlay.backends import backend_of
+    from overlay.causes import Finding
     from overlay.checksum_watch import ChecksumWatch
     from overlay.dataplane import HostDataplane
     from overlay.device import Underlay
+    from overlay.insight import Sources
     from overlay.kernel import Kernel
     from overlay.netconf import Unfit, fit, remarks
     from overlay.offload import examine
@@ -207,13 +221,16 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
     from subnet_lease.watcher import Watcher
 
     journal, log = _journal(options, loops, structlog.get_logger("agent"))
+    if journal:
+        insight.questions["events"] = journal.answer
+        insight.others.append(partial(_disk_trouble, options, lambda: journal.trouble))
     log.info("starting", version=overlay.__version__, etcd=list(options.etcd_endpoints), prefix=options.etcd_prefix)
     for variable, reason in ignored_environment(os.environ).items():
         log.warning("variable_ignored", variable=variable, reason=reason)
 
-    def waiting(reason: str) -> None:
-        vitals.waiting_for = reason
-        notifier.status(f"waiting for {reason}")
+    def waiting(what: str, cause: str = "") -> None:
+        insight.waiting = verdict.starting(what, cause, {"prefix": options.etcd_prefix})
+        notifier.status(f"waiting for {what}")
 
     value, cached = _first_config(options, store, waiting, loops, log)
     config = usable_config(options, value)
@@ -275,6 +292,7 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
         vitals.table_from -= max(0.0, time.time() - cached.written)
         had.extend(cached.own.subnets)
         first.append((cached.own, None))
+    insight.keeper = keeper
     loops.start("keeper", keeper.run, keeper.stop, keeper.pulse)
     while not first:
         loops.pause(None)
@@ -305,20 +323,29 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
     loops.start("surroundings", surroundings.run, surroundings.stop, surroundings.pulse)
     # This function lasts as long as the agent; all leases in raw form need not.
     snapshot = cached = None
+    insight.waiting = verdict.starting("the devices and entries to be set up")
     notifier.status(f"setting up {lease}")
     loops.start("reconciler", reconciler.run, lambda: reconciler.post(Stop()), reconciler.pulse)
     loops.start("watcher", watcher.run, watcher.stop, watcher.pulse)
     if options.state_dir:
         writer = _table_cache(options, lambda: value, keeper, reconciler, log)
         loops.start("cache", writer.run, writer.stop, writer.pulse)
+        insight.others.append(partial(_disk_trouble, options, lambda: writer.refused))
 
     def reconfigured(new: bytes | None) -> None:
         nonlocal config, value
         if new is None:
-            log.warning("config_gone", key=f"{options.etcd_prefix}/config", effect="the network goes on as it was")
+            key = f"{options.etcd_prefix}/config"
+            log.warning("config_gone", key=key, effect="the network goes on as it was")
+            told = f"there is no key {key}; this agent goes on as before"
+            values = {"prefix": options.etcd_prefix}
+            insight.config = Finding("config_missing", evidence=(told,), values=values, severity="degraded")
             return
         changed = _live_config(options, config, new, underlay, log)
-        if changed is not None:
+        if isinstance(changed, Finding):
+            insight.config = changed
+        else:
+            insight.config = None
             presence.config = config = changed
             value = new
             vitals.config_changes += 1
@@ -350,6 +377,11 @@ def _run(options: Options, store: "EtcdStore", notifier: "Notifier", loops: "Loo
     loops.start("underlay", underlay_watch.run, underlay_watch.stop, underlay_watch.pulse)
     if options.checksum_probe:
         loops.start("checksums", checksums.run, checksums.stop, checksums.pulse)
+    insight.others += [surroundings.findings, checksums.troubles]
+    insight.refresh = surroundings.refresh
+    insight.sources = Sources(
+        lambda: (config, underlay), reconciler, watcher, config_watch, checksums, lambda: underlay_watch.missing
+    )
     while True:
         if loops.pause(notifier.watchdog_interval):
             config_watch.check()
@@ -379,24 +411,26 @@ def _journal(options: Options, loops: "Loops", log: Any) -> "tuple[Journal | Non
 
 
 def _first_config(
-    options: Options, store: "EtcdStore", waiting: Callable[[str], None], loops: "Loops", log: Any
+    options: Options, store: "EtcdStore", waiting: Callable[[str, str], None], loops: "Loops", log: Any
 ) -> "tuple[bytes, Cached | None]":
     """The network configuration as the operator wrote it, waited for as long as etcd or the key is missing.
 
     Where etcd cannot be reached it comes from the last table on disk, if that can be used, which is then returned too.
     """
+    from overlay.insight import cause_of
     from subnet_lease.retry import Backoff, Outage
     from subnet_lease.store import StoreError
 
     backoff, outage, said = Backoff(random.random), Outage(), ""
     while True:
+        cause = "config_missing"
         reason = f"there is no key {options.etcd_prefix}/config in etcd; it is the operator who writes it"
         try:
             value = store.read_config()
             if value is not None:
                 return value, None
         except StoreError as error:
-            reason = str(error)
+            cause, reason = cause_of(error), str(error)
             if cached := _last_table(options):
                 age = round(time.time() - cached.written)
                 log.warning("started_from_cache", reason=reason, subnet=str(cached.own.subnet), age_s=age)
@@ -404,7 +438,7 @@ def _first_config(
         if outage.failed(time.monotonic()) or reason != said:
             said = reason
             log.warning("waiting_for_config", reason=reason)
-            waiting(f"the network configuration: {reason}")
+            waiting(f"the network configuration: {reason}", cause)
         loops.pause(backoff.delay())
 
 
@@ -422,17 +456,21 @@ def _last_table(options: Options) -> "Cached | None":
         presence = _presence(options, config, underlay_of(options, config))
     except Refusal:
         return None
-    attrs, now = cached.own.attrs, presence.attrs(cached.own)
+    then, now = (
+        attrs._replace(mtu=0, node_name="", extra={}) for attrs in (cached.own.attrs, presence.attrs(cached.own))
+    )
     # A host that has moved, or gained or lost a family below, has to say so before peers can reach it.
-    return cached if attrs._replace(mtu=0, extra={}) == now._replace(mtu=0, extra={}) else None
+    return cached if then == now else None
 
 
 def _live_config(
     options: Options, old: "NetworkConfig", value: bytes, underlay: "Underlay", log: Any
-) -> "NetworkConfig | None":
-    """A changed configuration, if a running agent can take it over; else None, and why is said."""
+) -> "NetworkConfig | Finding":
+    """A changed configuration, if a running agent can take it over; else why it cannot, which is logged too."""
     from overlay import netconf
+    from overlay.causes import Finding
 
+    values = {"prefix": options.etcd_prefix}
     remedy = f"correct {options.etcd_prefix}/config; until then the network goes on as it was"
     try:
         new = usable_config(options, value)
@@ -441,14 +479,14 @@ def _live_config(
             netconf.fit(new, underlay, options.public_addresses)
     except (Refusal, netconf.Unfit) as error:
         log.error("config_unusable", reason=str(error), remedy=remedy)
-        return None
+        return Finding("config_unusable", evidence=(str(error),), values=values)
     if fixed:
         log.error(
             "config_needs_restart",
             changes=fixed,
             remedy="restart all agents, or put the old value back; until then the network goes on as it was",
         )
-        return None
+        return Finding("config_needs_restart", evidence=tuple(fixed), values=values)
     log.info("config_changed", changes=netconf.all_changes(old, new))
     for event, facts in netconf.remarks(new, underlay):
         log.warning(event, **facts)
@@ -491,8 +529,9 @@ def _presence(
         found = kernel.find_device(device_name(config.backend.vni, family)) if kernel else None
         if found is not None and found.kind == "vxlan":
             macs[family] = found.mac
-    about = {"NodeName": options.node_name or os.uname().nodename, "AgentVersion": overlay.__version__}
-    return Presence(config, underlay, options.public_addresses, macs, _machine_id(), about)
+    name = options.node_name or os.uname().nodename
+    about = {"AgentVersion": overlay.__version__}
+    return Presence(config, underlay, options.public_addresses, macs, _machine_id(), name, about)
 
 
 def _identity(presence: "Presence") -> "Identity":
@@ -574,19 +613,22 @@ def _trim_memory() -> None:
         trim(0)
 
 
+def _firewall_counters() -> dict[str, int]:
+    """What our firewall rules have counted; empty without them."""
+    from overlay.nft import NftFailed, Questions
+
+    # With a socket of its own: the other is the reconciler's.
+    try:
+        with closing(Questions()) as questions:
+            return questions.counters()
+    except NftFailed:
+        return {}
+
+
 def _vitals(options: Options, loops: "Loops") -> "Vitals":
     """What tells how the agent is, of one that is about to start."""
     from overlay import process
-    from overlay.nft import NftFailed, Questions
     from overlay.vitals import Vitals
-
-    def counters() -> dict[str, int]:
-        # With a socket of its own: the other is the reconciler's.
-        try:
-            with closing(Questions()) as questions:
-                return questions.counters()
-        except NftFailed:
-            return {}
 
     return Vitals(
         overlay.__version__,
@@ -595,8 +637,54 @@ def _vitals(options: Options, loops: "Loops") -> "Vitals":
         time.monotonic,
         usage=process.usage,
         devices=process.device_counts,
-        firewall=counters,
+        firewall=_firewall_counters,
     )
+
+
+def _insight(options: Options, loops: "Loops") -> "Insight":
+    """What answers those who ask how the agent fares, of one that is about to start."""
+    from overlay import process
+    from overlay.insight import About, Insight
+    from overlay.kernel import find_device
+
+    about = About(
+        version=overlay.__version__,
+        pid=os.getpid(),
+        node_name=options.node_name or os.uname().nodename,
+        prefix=options.etcd_prefix,
+        endpoint=options.etcd_endpoints[0],
+        margin=options.subnet_lease_renew_margin,
+        guard=options.source_guard,
+        started=time.monotonic(),
+    )
+    insight = Insight(about, time.monotonic, loops.troubles, process.device_up, find_device, _firewall_counters)
+    insight.questions["status"] = insight.answer
+    return insight
+
+
+def _answer_questions(options: Options, handlers: "Mapping[str, Handler]", stack: ExitStack) -> None:
+    """Listen for questions. An agent that cannot says so, and does its work: pods do not depend on it."""
+    import structlog
+
+    from overlay.control import ControlServer, ControlUnavailable
+
+    server = ControlServer(options.control_socket, int(options.control_socket_mode, 8), handlers)
+    try:
+        server.start()
+    except ControlUnavailable as error:
+        effect = "overlay-agent status has nobody to ask"
+        structlog.get_logger("agent").error("control_unavailable", reason=str(error), effect=effect)
+        return
+    stack.callback(server.stop)
+
+
+def _disk_trouble(options: Options, refused: Callable[[], str]) -> "Iterator[Finding]":
+    """What cannot be kept on disk, and why."""
+    from overlay.causes import Finding
+
+    if reason := refused():
+        path = options.state_dir
+        yield Finding("journal_failing", evidence=(f"{path}: {reason}",), values={"path": path})
 
 
 def _serve_health(options: Options, vitals: "Vitals", stack: ExitStack) -> None:

@@ -6,9 +6,10 @@ Owns when and whom to ask. `offload` measures and switches, `checksums` decides.
 import random
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+from overlay import causes
 from overlay.checksums import Finding, Verdict
 from overlay.model import Neighbour
 from overlay.offload import OffloadRefused
@@ -105,6 +106,12 @@ class ChecksumWatch:
         )
         say("checksums_examined", device=device, offload=finding.why)
         return finding
+
+    def troubles(self) -> Iterator[causes.Finding]:
+        """The offloads that were found to be at fault. From any thread."""
+        for device, found in self.findings.items():
+            if found.verdict is Verdict.FAULTY:
+                yield causes.Finding("checksum_offload", device, (found.why,), {"device": device})
 
     def stop(self) -> None:
         """End `run`; at once unless a measurement is under way."""

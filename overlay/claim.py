@@ -35,6 +35,15 @@ def claim_host() -> socket.socket:
     return mine
 
 
+def is_claimed() -> bool:
+    """Whether a process holds the claim, as the kernel lists it (proc_net(5)), without a word to that process."""
+    try:
+        names = Path("/proc/self/net/unix").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
+    return any(line.endswith(f" @{NAME[1:]}") for line in names.splitlines())
+
+
 def _holder() -> int:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as probe:
         probe.settimeout(1)

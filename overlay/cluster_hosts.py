@@ -85,6 +85,7 @@ class Host(Place):
         self.pods = [Pod(self, each + 1) for each in range(pods)]
         self.subnet_file = lab.state / f"{self.name}.env"
         self.state_dir = lab.state / f"{self.name}.state"
+        self.control_socket = lab.state / f"{self.name}.sock"
         self._notify_path = lab.state / f"{self.name}.notify"
         self._notify: socket.socket | None = None
 
@@ -131,6 +132,7 @@ class Host(Place):
             *(("--iface", self.seat.device) if self.lab.underlay_options is None else self.lab.underlay_options),
             *("--subnet-file", str(self.subnet_file)),
             *("--state-dir", str(self.state_dir)),
+            *("--control-socket", str(self.control_socket)),
             *("--node-name", self.name),
             *("--healthz-port", "0"),
             *self.lab.agent_options,

@@ -77,3 +77,36 @@ class Drops:
                 self._told[reason] = number
                 self._due[reason] = now + AGAIN_S
         return found
+
+
+LATELY_S = 20.0
+"""Seconds for which something counts as going on after it was last seen."""
+
+STEP_S = 4.0
+"""Seconds between two looks that count."""
+
+
+class Lately:
+    """Which counters keep rising: those that rose between two looks, and did so before, within LATELY_S.
+
+    Once is nothing: the packets of a host that joins may be there before its lease.
+    """
+
+    def __init__(self) -> None:
+        self._counted: dict[str, int] = {}
+        self._rises: dict[str, tuple[float, float]] = {}
+        self._next = -LATELY_S
+
+    def look(self, counted: Mapping[str, int], now: float) -> None:
+        """The counters as they are at `now`, in steady seconds."""
+        if now < self._next:
+            return
+        self._next = now + STEP_S
+        for reason, number in counted.items():
+            if number > self._counted.get(reason, number):
+                self._rises[reason] = self._rises.get(reason, (0.0, -LATELY_S))[1], now
+        self._counted = dict(counted)
+
+    def rising(self, now: float) -> list[str]:
+        """Those that do at `now`."""
+        return [reason for reason, (before, _) in self._rises.items() if now < before + LATELY_S]

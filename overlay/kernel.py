@@ -68,6 +68,11 @@ class DeviceOccupied(Exception):
     """An interface has our device's name and is something else; the text says what."""
 
 
+def find_device(name: str) -> FoundDevice | None:
+    """The interface called `name`, None if there is none. From any thread; KernelRefused."""
+    return _guarded("look up device " + name, lambda route: _find(route, name))
+
+
 class Kernel:
     """This network namespace's kernel.
 
@@ -276,8 +281,8 @@ class Kernel:
     # --- the device ---
 
     def find_device(self, name: str) -> FoundDevice | None:
-        """The interface called `name`, None if there is none."""
-        return _guarded("look up device " + name, lambda route: _find(route, name))
+        """As the function."""
+        return find_device(name)
 
     def ensure_devices(self, specs: Sequence[DeviceSpec], link: int) -> dict[str, tuple[str, ...]]:
         """Make the devices as `specs` say, with the least change; the changes made by device, as words, if any.

@@ -256,6 +256,7 @@ def _exec(args: argparse.Namespace, connect: Connect) -> int:
         "OVERLAY_AGENT_CONFIG": os.devnull,
         "OVERLAY_AGENT_ETCD_ENDPOINTS": lab.etcd_endpoint(),
         "OVERLAY_AGENT_STATE_DIR": str(place.state_dir) if isinstance(place, Host) else os.devnull,
+        "OVERLAY_AGENT_CONTROL_SOCKET": str(place.control_socket) if isinstance(place, Host) else os.devnull,
     }
     os.execvpe("ip", place.inside(*argv), {**os.environ, **own})
 

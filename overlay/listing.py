@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from textwrap import fill
 from typing import Any
 
-from overlay.text import table
+from overlay.text import plain, shortened, table
 from subnet_lease.model import (
     LeaseAttrs,
     LeaseInvalid,
@@ -26,7 +26,7 @@ from subnet_lease.model import (
     parse_subnet_key,
 )
 from subnet_lease.store import Snapshot, Store
-from subnet_lease.table import NOBODY, LeaseTable
+from subnet_lease.table import NOBODY, LeaseTable, Reason
 
 MAX_NAME = 40
 """Columns that a name may take."""
@@ -49,7 +49,7 @@ class Row:
     etcd_lease: int
     create_revision: int
     mod_revision: int
-    rejected: str | None
+    rejected: Reason | None
 
     @property
     def subnets(self) -> tuple[Prefix, ...]:
@@ -99,7 +99,7 @@ def _object(row: Row, ttls: Mapping[int, int]) -> dict[str, Any]:
         "key": row.key,
         "subnet": str(row.subnet) if row.subnet else None,
         "ipv6_subnet": str(row.subnet6) if row.subnet6 else None,
-        "node_name": node_name(attrs),
+        "node_name": attrs.node_name or None,
         "public_ip": format_address(attrs.public_ip) if attrs.public_ip else None,
         "public_ipv6": format_address(attrs.public_ip6) if attrs.public_ip6 else None,
         "backend_type": attrs.backend_type if row.attrs else None,
@@ -136,7 +136,7 @@ def as_text(
         del cells[spared.pop(0)]
     if columns is not None and (excess := _width(_table(cells)) - columns) > 0:
         room = max(8, max(map(len, cells["HOST"])) - excess)
-        cells["HOST"] = [_shortened(name, room) for name in cells["HOST"]]
+        cells["HOST"] = [shortened(name, room) for name in cells["HOST"]]
     reserved = sum(not row.etcd_lease for row in rows)
     rejected = [row for row in rows if row.rejected]
     marked = ", marked with !" if rejected else ""
@@ -161,7 +161,7 @@ def _columns(rows: Sequence[Row], ttls: Mapping[int, int] | None) -> dict[str, l
         "!": ["!" if row.rejected else "" for row in rows],
         "SUBNET": [_cell(row.subnet) for row in rows],
         "IPV6 SUBNET": [_cell(row.subnet6) for row in rows],
-        "HOST": [_shortened(_plain(node_name(row.attrs) or "-"), MAX_NAME) for row in rows],
+        "HOST": [shortened(plain((row.attrs.node_name if row.attrs else "") or "-"), MAX_NAME) for row in rows],
     }
     told = [row.attrs or _UNREADABLE for row in rows]
     columns["PUBLIC IP"] = [format_address(attrs.public_ip) if attrs.public_ip else "-" for attrs in told]
@@ -202,33 +202,18 @@ def _time(row: Row, ttls: Mapping[int, int] | None) -> str:
 
 
 def _subject(row: Row) -> str:
-    return format_subnets(row.subnets) if row.subnets else f"key {_shortened(_plain(row.key), MAX_NAME)}"
+    return format_subnets(row.subnets) if row.subnets else f"key {shortened(plain(row.key), MAX_NAME)}"
 
 
 def _width(text: str) -> int:
     return max(map(len, text.splitlines()))
 
 
-def _shortened(text: str, most: int) -> str:
-    return text if len(text) <= most else text[: most - 2] + ".."
-
-
 def holder(attrs: LeaseAttrs) -> str:
     """A host, for a message: its underlay address, and its name if it has given one."""
-    name, address = node_name(attrs), attrs.underlay_ip
+    name, address = attrs.node_name, attrs.underlay_ip
     called = format_address(address) if address else "a host without an address"
-    return called + (f" ({_shortened(_plain(name), MAX_NAME)})" if name else "")
-
-
-def node_name(attrs: LeaseAttrs | None) -> str | None:
-    """What the host calls itself; None if it does not, as flanneld never does."""
-    name = attrs.extra.get("NodeName") if attrs else None
-    return name if type(name) is str and name else None
-
-
-def _plain(text: str) -> str:
-    """The text itself if it is printable ASCII, else quoted and escaped."""
-    return text if text.isascii() and text.isprintable() else ascii(text)
+    return called + (f" ({shortened(plain(name), MAX_NAME)})" if name else "")
 
 
 def _escaped(reason: str) -> str:

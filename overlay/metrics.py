@@ -361,7 +361,7 @@ address. Whoever reaches that address can read all of it: there are no secrets i
 | page | 200 means |
 | --- | --- |
 | `/healthz` | every loop of the agent works, or sleeps as it should; else those that do not are named |
-| `/readyz` | dataplane complete, lease held, table of peers no older than `--readyz-max-age`; else the reason |
+| `/readyz` | dataplane complete, lease held, no cause that is grave, table no older than `--readyz-max-age`; else why |
 | `/metrics` | always; the metrics below, in Prometheus' text format |
 
 What `/healthz` finds dead, a restart mends, which harms no packet: use it as a liveness check. `/readyz` is none: while

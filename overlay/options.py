@@ -1,7 +1,7 @@
 """Options of the command line: their declarations, and how a value is found among flags, environment and file.
 
-The fields of `EtcdOptions`, `HostOptions`, `CaptureOptions` and `Options` are the one table that the argument parser,
-the environment variables, the keys of the TOML file, the resolved values and `docs/configuration.md` are made from.
+The fields of `AnyOptions` and of the classes made from it are the one table that the argument parser, the environment
+variables, the keys of the TOML file, the resolved values and `docs/configuration.md` are made from.
 Names and meanings are flannel's where flannel has the option (source: flannel `main.go`, 0.28).
 
 Nothing here reads the environment, a file or the host: arguments, environment and text come in, values or an
@@ -212,6 +212,7 @@ INTERFACES = Kind("NAME|ADDRESS", _text, toml=list, repeatable=True)
 REGEXES = Kind("REGEX", _regex, toml=list, repeatable=True)
 ENDPOINTS = Kind("URL[,URL...]", _endpoint, toml=list, separator=",")
 KEY_PREFIX = Kind("PREFIX", _key_prefix)
+MODE = _choice("0600", "0660", "0666")
 GUARD = _choice("on", "log", "off")
 LEVELS = _choice("debug", "info", "warning", "error")
 FORMATS = _choice("auto", "console", "json")
@@ -219,7 +220,7 @@ FORMATS = _choice("auto", "console", "json")
 
 # --- the table ---------------------------------------------------------------------------------------------------
 
-GROUPS = ("etcd", "leases", "underlay", "dataplane", "health", "journal", "logging")
+GROUPS = ("etcd", "leases", "underlay", "dataplane", "control", "health", "journal", "logging")
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,9 +239,39 @@ class Declaration:
     environment_only: bool = False
 
 
+ControlSocket = Annotated[
+    str,
+    Declaration(
+        "control",
+        FILE,
+        "Unix socket on which the agent answers `overlay-agent status` and the like; each agent needs its own.",
+        flannel=False,
+    ),
+]
+CONTROL_SOCKET = "/run/overlay-agent/agent.sock"
+
+
 @dataclass(frozen=True, slots=True)
-class EtcdOptions:
-    """How to reach etcd, and how to log: what every command that speaks to etcd needs."""
+class AnyOptions:
+    """How to log: what every command needs."""
+
+    log_level: Annotated[str, Declaration("logging", LEVELS, "Least severity that is logged.", flannel=False)] = "info"
+    log_format: Annotated[
+        str,
+        Declaration("logging", FORMATS, "auto means console on a terminal and JSON lines elsewhere.", flannel=False),
+    ] = "auto"
+
+
+@dataclass(frozen=True, slots=True)
+class AskOptions(AnyOptions):
+    """As `AnyOptions`, and how to reach the agent of this host: what a command needs that asks it."""
+
+    control_socket: ControlSocket = CONTROL_SOCKET
+
+
+@dataclass(frozen=True, slots=True)
+class EtcdOptions(AnyOptions):
+    """As `AnyOptions`, and how to reach etcd: what every command that speaks to etcd needs."""
 
     etcd_endpoints: Annotated[
         tuple[str, ...],
@@ -285,11 +316,6 @@ class EtcdOptions:
         str | None,
         Declaration("etcd", FILE, "File whose first line is the password of the user.", default="none", flannel=False),
     ] = None
-    log_level: Annotated[str, Declaration("logging", LEVELS, "Least severity that is logged.", flannel=False)] = "info"
-    log_format: Annotated[
-        str,
-        Declaration("logging", FORMATS, "auto means console on a terminal and JSON lines elsewhere.", flannel=False),
-    ] = "auto"
 
     @property
     def etcd_tls(self) -> bool:
@@ -443,6 +469,16 @@ class Options(CaptureOptions):
             flannel=False,
         ),
     ] = True
+    control_socket: ControlSocket = CONTROL_SOCKET
+    control_socket_mode: Annotated[
+        str,
+        Declaration(
+            "control",
+            MODE,
+            "Who may ask: root alone, the group of the agent's process too, or every user of this host.",
+            flannel=False,
+        ),
+    ] = "0600"
     healthz_ip: Annotated[
         str, Declaration("health", ADDRESS, "Address that /healthz, /readyz and /metrics are served on.")
     ] = "127.0.0.1"
@@ -474,7 +510,7 @@ class Options(CaptureOptions):
     ] = 90
 
 
-Chosen = TypeVar("Chosen", bound=EtcdOptions)
+Chosen = TypeVar("Chosen", bound=AnyOptions)
 
 
 @dataclass(frozen=True, slots=True)
@@ -518,7 +554,7 @@ def _declared() -> list[Entry]:
 ALL = {entry.name: entry for entry in _declared()}
 
 
-def _table(options: type[EtcdOptions]) -> list[Entry]:
+def _table(options: type[AnyOptions]) -> list[Entry]:
     """The rows of `options` in the order of the groups."""
     names = {row.name for row in fields(options)}
     return [entry for entry in ALL.values() if entry.attribute in names]
@@ -629,7 +665,7 @@ def _help_format(prog: str) -> argparse.HelpFormatter:
     return argparse.HelpFormatter(prog, max_help_position=6, width=80)
 
 
-def add_arguments(parser: argparse.ArgumentParser, options: type[EtcdOptions] = Options) -> None:
+def add_arguments(parser: argparse.ArgumentParser, options: type[AnyOptions] = Options) -> None:
     """Give `parser` the flags of `options`, grouped, and `--config`. Only flags that are given reach the namespace."""
     parser.add_argument(
         "--config",
@@ -685,7 +721,8 @@ def resolve(
         if found is not None:
             given[entry.attribute] = _read(entry, *found)
     resolved = options(**given)
-    _refuse_contradictions(resolved)
+    if isinstance(resolved, EtcdOptions):
+        _refuse_contradictions(resolved)
     if isinstance(resolved, Options):
         return replace(resolved, subnet_lease_renew_margin=_renew_margin(resolved, given))
     return resolved

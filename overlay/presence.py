@@ -17,7 +17,8 @@ class Presence:
     """Changes with `config` and `underlay`, which are set from outside.
 
     `public` are packed addresses that others are to send to instead of the underlay's own. `macs` are those of VXLAN
-    devices that this host has already, by the length of their underlay addresses. `about` goes into JSON keys of ours.
+    devices that this host has already, by the length of their underlay addresses. `node_name` and `about` go into JSON
+    keys of ours.
     """
 
     config: NetworkConfig
@@ -25,6 +26,7 @@ class Presence:
     public: tuple[bytes, ...]
     macs: Mapping[int, bytes]
     machine_id: str
+    node_name: str = ""
     about: Mapping[str, str] = field(default_factory=dict)
 
     def address(self, family: int) -> bytes | None:
@@ -44,6 +46,7 @@ class Presence:
             public_ip6=self.address(V6),
             vtep6=self._vtep(V6, known.vtep6 if known else None) if backend.tunnels else None,
             mtu=overlay_mtu(self.config, self.underlay, tunnels=backend.tunnels),
+            node_name=self.node_name,
             extra=self.about,
         )
 

@@ -2,7 +2,10 @@
 seconds and bytes; sources: proc(5), Documentation/filesystems/proc.rst.
 """
 
+import fcntl
 import os
+import socket
+import struct
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +18,8 @@ _USER, _KERNEL, _THREADS, _START, _RESIDENT = 11, 12, 17, 19, 21
 
 # In /proc/net/dev, of the eight numbers for each way.
 _BYTES, _PACKETS, _ERRORS, _DROPS, _TRANSMIT = 0, 1, 2, 3, 8
+
+_SIOCGIFFLAGS, _UP, _RUNNING = 0x8913, 0x1, 0x40  # linux/sockios.h, linux/if.h
 
 DeviceCounts = dict[tuple[str, str], int]
 """By way (receive, transmit) and what (bytes, packets, errors, drops)."""
@@ -46,6 +51,17 @@ def usage() -> Usage:
         len(os.listdir("/proc/self/fd")) - 1,  # noqa: PTH208
         booted + int(words[_START]) / _TICKS,
     )
+
+
+def device_up(name: str) -> bool | None:
+    """Whether an interface of this network namespace is up and has a carrier; None if there is none (netdevice(7))."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        try:
+            answer = fcntl.ioctl(channel, _SIOCGIFFLAGS, struct.pack("16s24x", name.encode()))
+        except OSError:
+            return None
+    (flags,) = struct.unpack_from("16xH", answer)
+    return bool(flags & _UP and flags & _RUNNING)
 
 
 def device_counts(names: Collection[str]) -> dict[str, DeviceCounts]:

@@ -24,6 +24,7 @@ _TITLES = {
     "leases": "Leases",
     "underlay": "Underlay",
     "dataplane": "Dataplane",
+    "control": "Questions to the agent",
     "health": "Health",
     "journal": "Journal",
     "logging": "Logging",

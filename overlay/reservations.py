@@ -243,8 +243,7 @@ def _untouched(record: Record, subnets: Sequence[Prefix], attrs: LeaseAttrs) -> 
     vtep, address = attrs.vtep or attrs.vtep6, attrs.underlay_ip
     return (
         record.mod_revision == record.create_revision
-        and not attrs.extra
-        and not attrs.mtu
+        and not (attrs.extra or attrs.mtu or attrs.node_name)
         and (vtep is None or (address is not None and vtep.mac in _macs(subnets, address, vtep.vni)))
     )
 

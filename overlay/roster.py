@@ -161,5 +161,5 @@ class Roster:
 
 def _name(attrs: LeaseAttrs) -> str:
     """Nothing from etcd reaches a terminal but printable ASCII: whoever can write a key could have it do things."""
-    name = attrs.extra.get("NodeName")
-    return name if isinstance(name, str) and name.isascii() and name.isprintable() else ""
+    name = attrs.node_name
+    return name if name.isascii() and name.isprintable() else ""

@@ -5,13 +5,15 @@ said once, until it is another or was mended.
 """
 
 import queue
-from collections.abc import Callable, Collection, Iterator, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from time import monotonic
 from typing import Any
 
 from overlay import firewall, iptables, nft, sysctl
-from overlay.drops import REASONS, Drops
+from overlay.causes import DEGRADED, Finding
+from overlay.drops import REASONS, Drops, Lately
 from overlay.firewall import SAMPLED, Rules
 from overlay.reconciler import Plan
 from overlay.sysctl import Absent, Change, Ledger, Refused
@@ -57,17 +59,28 @@ class Surroundings:
         self._questions = questions
         self._dropped = dropped
         self._drops = Drops()
+        self._lately = Lately()
+        self._refusing: Mapping[str, Sequence[bytes]] = {}
+        """What the guard keeps dropping, by the counter, and some of the sources."""
         self._guard = ""
         self._said: set[str] = set()
         self._legacy = iptables.legacy_shape()
         self._looked = monotonic()
-        self._asked: queue.SimpleQueue[Plan | None] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[tuple[Plan, threading.Event] | None] = queue.SimpleQueue()
+        self._plan: Plan | None = None
+        self._in_the_way: Sequence[firewall.Finding] = ()
+        """Others' tables that may drop what is forwarded, as of the latest look around."""
+        self._unloaded = ""
+        """Why our rules could not be loaded the last time, empty if they were."""
+        self._unmended: Sequence[iptables.Outcome] = ()
+        """Chains of iptables that are not as wanted, and why they cannot be."""
         self.pulse = Pulse(LOOKING_S, monotonic)
 
     # --- kernel settings ---
 
     def prepare(self, plan: Plan) -> None:
         """Kernel settings, and the sets that entries of the firewall go into."""
+        self._plan = plan
         for outcome in self._settings(plan):
             match outcome:
                 case Change():
@@ -107,7 +120,9 @@ class Surroundings:
         versions: Collection[int] = ()
         with self._said_once("firewall_refused"):
             versions = self._nftables.forward_versions() if self._nftables else ()
-        for outcome in iptables.ensure(rules.blocks, versions):
+        outcomes = iptables.ensure(rules.blocks, versions)
+        self._unmended = [outcome for outcome in outcomes if outcome.error]
+        for outcome in outcomes:
             if outcome.error:
                 self._once("forward_refused", program=outcome.program, reason=outcome.error)
             else:
@@ -116,7 +131,14 @@ class Surroundings:
 
     def look_around(self, plan: Plan) -> None:
         """Have `run` see what may be in the way and is not ours to change. It costs some processes; nobody waits."""
-        self._asked.put(plan)
+        self._asked.put((plan, threading.Event()))
+
+    def refresh(self, seconds: float) -> None:
+        """Have a look taken now, and wait for it, but no longer than so many seconds. From any thread."""
+        if self._plan is not None:
+            done = threading.Event()
+            self._asked.put((self._plan, done))
+            done.wait(seconds)
 
     def run(self) -> None:
         """Do what `look_around` asks for, and tell of what is dropped."""
@@ -125,23 +147,29 @@ class Surroundings:
                 self._tell_drops()
             self.pulse.rest(TELL_S)
             try:
-                plan = self._asked.get(timeout=TELL_S)
+                asked = self._asked.get(timeout=TELL_S)
             except queue.Empty:
                 continue
             finally:
                 self.pulse.work()
-            if plan is None:
+            if asked is None:
                 return
+            plan, done = asked
             self._guard = self._rules_for(plan).guard
             with self._said_once("firewall_refused"):
-                for finding in nft.findings(self._rules_for(plan).blocks):
+                self._in_the_way = nft.findings(self._rules_for(plan).blocks)
+                for finding in self._in_the_way:
                     self._once("forward_may_drop", what=finding.what, remedy=finding.remedy)
+            done.set()
 
     def _tell_drops(self) -> None:
         """A line on each reason by which more was dropped than was told. Sources may be of packets before those."""
         # With a socket of its own: the other is the reconciler's.
         with closing(self._questions()) as questions:
-            for reason, number in self._drops.look({**self._dropped(), **questions.counters()}, monotonic()):
+            counted, now = questions.counters(), monotonic()
+            self._lately.look({reason: counted[reason] for reason in SAMPLED if reason in counted}, now)
+            self._refusing = {reason: questions.sources(reason)[:SHOWN] for reason in self._lately.rising(now)}
+            for reason, number in self._drops.look({**self._dropped(), **counted}, now):
                 things, meaning, see = REASONS[reason]
                 facts: dict[str, object] = {"reason": reason, things: number, "meaning": meaning}
                 if reason in SAMPLED:
@@ -156,8 +184,12 @@ class Surroundings:
 
     def _load(self, ruleset: str) -> None:
         if self._nftables is not None and ruleset:
-            with self._said_once("firewall_refused"):
+            try:
                 self._nftables.apply(ruleset)
+                self._unloaded = ""
+            except nft.NftFailed as error:
+                self._unloaded = str(error)
+                self._once("firewall_refused", reason=self._unloaded)
 
     @contextmanager
     def _said_once(self, event: str) -> Iterator[None]:
@@ -166,6 +198,42 @@ class Surroundings:
             yield
         except nft.NftFailed as error:
             self._once(event, reason=str(error))
+
+    # --- findings ---
+
+    def findings(self) -> Iterator[Finding]:
+        """What is in the way of forwarding now: settings are read, all else is as it was last seen. From any thread."""
+        plan = self._plan
+        if plan is None:
+            return
+        yield from self._settings_amiss(plan)
+        network = " and ".join(map(str, self._rules_for(plan).blocks))
+        for found in self._in_the_way:
+            # By its shape alone: what other rules of it let pass, only a packet shows.
+            values = {"network": network, "command": "nft list ruleset"}
+            evidence = (found.what,)
+            yield Finding("forward_drop", "", evidence, values, found.what, f"`{found.remedy}`", DEGRADED)
+        for outcome in self._unmended:
+            told = f"chain FORWARD of {outcome.program} may drop pods' packets: {outcome.error}"
+            yield Finding("forward_drop", "", (told,), {"network": network}, told, severity=DEGRADED)
+        if self._unloaded:
+            yield Finding("entries_refused", "", (self._unloaded,), what="the firewall's rules cannot be loaded")
+        for reason, sources in self._refusing.items() if self._guard == "on" else ():
+            told = " and ".join(map(format_address, sources)) or "sources that are not known"
+            values = {"source": told, "port": str(self._rules_for(plan).port)}
+            yield Finding("guard_drops", "", (f"{reason}: {REASONS[reason].meaning}; of {told}",), values)
+
+    def _settings_amiss(self, plan: Plan) -> Iterator[Finding]:
+        families = {len(subnet.base) for subnet in plan.subnets}
+        for family, name in ((4, "net.ipv4.ip_forward"), (16, "net.ipv6.conf.all.forwarding")):
+            if family in families and (value := sysctl.read(name)) == "0":
+                values = {"setting": name, "value": value, "wanted": "1"}
+                yield Finding("forwarding_off", evidence=(f"{name} = {value}",), values=values)
+        for spec in plan.devices if 4 in families else ():
+            if (strict := sysctl.strict_reverse_path(spec.name)) is not None:
+                values = {"setting": strict, "interface": spec.name}
+                evidence = f"{strict} is strict on {spec.name}, and no setting loosens it"
+                yield Finding("rp_filter", spec.name, (evidence,), values)
 
     def _once(self, event: str, **facts: object) -> None:
         key = f"{event} {facts}"

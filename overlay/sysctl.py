@@ -171,9 +171,17 @@ def loosen_reverse_path(device: str, root: Path = PROC_SYS) -> Change | Refused 
     and peers that this host reaches without the tunnel while they do not reach it so. Packets from pods to pods
     never do. The underlay's own filter is the operator's.
     """
-    name = _of_interface(4, device, "rp_filter")
-    values = read("net.ipv4.conf.all.rp_filter", root), read(name, root)
-    return ensure(name, "2", root) if "1" in values and "2" not in values else None
+    strict = strict_reverse_path(device, root) is not None
+    return ensure(_of_interface(4, device, "rp_filter"), "2", root) if strict else None
+
+
+def strict_reverse_path(device: str, root: Path = PROC_SYS) -> str | None:
+    """The setting by which the reverse path filter of `device` is strict, None if it is not."""
+    name, of_all = _of_interface(4, device, "rp_filter"), "net.ipv4.conf.all.rp_filter"
+    values = {name: read(name, root), of_all: read(of_all, root)}
+    if "2" in values.values():
+        return None
+    return next((setting for setting, value in values.items() if value == "1"), None)
 
 
 def _of_interface(version: int, interface: str, setting: str) -> str:

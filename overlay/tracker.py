@@ -214,6 +214,21 @@ class Tracker:
         return len(self._gap)
 
     @property
+    def by_owner(self) -> dict[str, tuple[Entry, ...]]:
+        """What each owner calls for: a copy."""
+        return dict(self._by_owner)
+
+    @property
+    def amiss(self) -> dict[Key, Entry | None]:
+        """What stands, or that nothing does, under each key of the gap: a copy."""
+        return dict(self._gap)
+
+    @property
+    def missing(self) -> int:
+        """How many entries of the gap are called for; the others are in the way."""
+        return sum(key in self._want for key in self._gap)
+
+    @property
     def refused(self) -> Mapping[Key, Refusal]:
         """What the kernel refused on the latest attempt, by key."""
         return self._refused

@@ -96,6 +96,11 @@ class UnderlayWatch:
             self._on_change(found)
         return None
 
+    @property
+    def missing(self) -> str:
+        """Why there is nothing that could carry the overlay, empty if there is."""
+        return self._missing
+
     def stop(self) -> None:
         """End `run`. From any thread."""
         self._stopped = True

@@ -7,10 +7,11 @@ the dataplane's holds.
 
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
-from overlay import metrics
+from overlay import causes, metrics
+from overlay.causes import Finding
 from overlay.drops import CROWDED, SLOW
 from overlay.metrics import ONE, Found, Requests, Value
 from overlay.process import DeviceCounts, Usage
@@ -63,8 +64,8 @@ class Vitals:
         self._requests = Requests()
         self._plan: Plan | None = None
         self.passes = metrics.Passes()
-        self.waiting_for = "etcd and the network configuration"
-        """What the start stands at, for people."""
+        self.findings: Callable[[], Sequence[Finding]] = tuple
+        """What is wrong with the host."""
         self.lease: LeaseState | None = None
         self.table: TableState | None = None
         self.state: Callable[[], State] | None = None
@@ -97,22 +98,23 @@ class Vitals:
         return True, f"alive: {', '.join(troubles) or 'starting'}"
 
     def readyz(self) -> tuple[bool, str]:
-        """Whether the host can be relied upon, and what it has or lacks."""
-        if self.state is None or self.lease is None or self.table is None:
-            return False, f"not ready: waiting for {self.waiting_for}"
-        state, age, left = self.state(), self._age(), self.lease.seconds_left()
+        """Whether the host can be relied upon, and what it has or lacks: the causes that `status` names, if they are
+        grave, or a table of peers that is too old.
+        """
+        found, age = self.findings(), self._age()
+        reasons = [_told(each) for each in found if causes.severity(each) == causes.DOWN]
+        if self.state is None:
+            return False, f"not ready: {'; '.join(reasons)}"
+        if not reasons and age > self._max_age:
+            cause = next((each.cause for each in found if each.cause.startswith("etcd_")), "etcd_unreachable")
+            old = f"the table of peers is {age:.0f} s old, at most {self._max_age:.0f} s are allowed"
+            reasons = [f"{cause}: {old}: etcd is away"]
+        state = self.state()
         counts = (
             f"{state.peers} peers, {state.entries} entries, {state.gap} not in place, "
             f"{state.rejected} leases rejected, {state.unreachable} unreachable"
         )
-        reason = state.trouble
-        if not reason and not state.ready:
-            reason = "the dataplane is not complete"
-        if not reason and left == 0:
-            reason = "this host's lease has ended, or is another host's"
-        if not reason and age > self._max_age:
-            reason = f"the table of peers is {age:.0f} s old, at most {self._max_age:.0f} s are allowed: etcd is away"
-        return not reason, f"not ready: {reason}; {counts}" if reason else f"ready: {counts}"
+        return not reasons, f"not ready: {'; '.join([*reasons, counts])}" if reasons else f"ready: {counts}"
 
     def metrics(self) -> tuple[bool, str]:
         """The page for Prometheus."""
@@ -176,3 +178,9 @@ class Vitals:
             values: dict[tuple[str, ...], Value] = {(name,): counts[which] for name, counts in counted.items()}
             found[family] = values
         return found
+
+
+def _told(finding: Finding) -> str:
+    """Cause, what the matter is, and what was seen of it if that says more."""
+    what = causes.what(finding)
+    return ": ".join([finding.cause, what, *(seen for seen in finding.evidence[:1] if seen not in what)])

@@ -139,6 +139,11 @@ class CacheWriter:
         self._refused = ""
         self.pulse = Pulse(WRITING_S, time.monotonic)
 
+    @property
+    def refused(self) -> str:
+        """Why the table could not be written when it last was to be, empty if it was."""
+        return self._refused
+
     def run(self) -> None:
         """Write until `stop`."""
         written: object = None
@@ -152,7 +157,7 @@ class CacheWriter:
             if found is not None:
                 self._write(*found)
                 found = None  # Thousands of leases may be gone by the next time.
-                written = mark
+                written = None if self._refused else mark
                 pause = EVERY_S
 
     def _write(self, cached: Cached, peers: list[Lease]) -> None:

@@ -38,11 +38,12 @@ class ConfigWatch:
         self._jitter = jitter
         self._wake = threading.Event()
         self._stopped = False
+        self.failure: StoreDenied | None = None
+        """Why the store refuses the key, None if it does not as far as is known."""
         self.pulse = Pulse(STORE_WORK_S, time.monotonic)
 
     def run(self) -> None:
         """Look until `stop`. A store that cannot be reached is others' to report."""
-        refused = ""
         while not self._stopped:
             self.pulse.wait(self._wake, EVERY_S * (0.5 + self._jitter()))
             self._wake.clear()
@@ -52,13 +53,13 @@ class ConfigWatch:
                 value = self._store.read_config()
             except StoreDenied as error:
                 # Others may not ask for a long time: a watch that stands goes on without the permission.
-                if str(error) != refused:
-                    refused = str(error)
-                    self._denied(refused)
+                if str(error) != str(self.failure or ""):
+                    self._denied(str(error))
+                self.failure = error
                 continue
             except StoreError:
                 continue
-            refused = ""
+            self.failure = None
             if value != self._known:
                 self._known = value
                 self._changed(value)

@@ -155,6 +155,10 @@ class Keeper:
         """The key that was made last, and until when it is given up for a reservation made before it."""
         self._seen: Snapshot | None = None
         self._given: tuple[int, int] | None = None
+        self.failure: StoreError | None = None
+        """Why the store cannot be had, None if it can as far as is known."""
+        self.shortage = ""
+        """Why there is no subnet to be had, empty if there is or was."""
         self.pulse = Pulse(STORE_WORK_S, time.monotonic)
 
     def take_snapshot(self) -> Snapshot | None:
@@ -191,8 +195,9 @@ class Keeper:
                 lease = self._round()
             except SubnetExhausted as error:
                 self._reached()
+                self.shortage = str(error)
                 if self._exhausted.failed(self._clock()):
-                    self._log.error("subnet_exhausted", reason=str(error))
+                    self._log.error("subnet_exhausted", reason=self.shortage)
                 self.pulse.wait(self._stopped, self._backoff.delay())
             except StoreError as error:
                 self._missed(error)
@@ -200,6 +205,7 @@ class Keeper:
             else:
                 if lease is not None:
                     self._exhausted.ended(self._clock())
+                    self.shortage = ""
                     self._backoff.reset()
                     return lease
         return None
@@ -446,11 +452,13 @@ class Keeper:
     # --- what the operator hears ---
 
     def _missed(self, error: StoreError) -> None:
+        self.failure = error
         if self._outage.failed(self._clock(), kind_of(error)):
             event = "store_denied" if isinstance(error, StoreDenied) else "store_unreachable"
             self._log.warning(event, reason=str(error))
 
     def _reached(self) -> None:
+        self.failure = None
         away = self._outage.ended(self._clock())
         if away is not None:
             self._log.info("store_reachable", away_s=round(away, 1))

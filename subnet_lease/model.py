@@ -19,6 +19,9 @@ from typing import Any, NamedTuple, Self
 MAX_VALUE_BYTES = 64 * 1024
 """A lease value is some 150 bytes; whatever is hundreds of times larger was not written by an agent."""
 
+MAX_NAME = 253
+"""Characters of a host's name, as DNS has it (RFC 1035 section 2.3.4): thousands of names are kept."""
+
 MAX_NESTED = 64
 """Objects and lists a lease value may hold; agents write three or four."""
 
@@ -433,8 +436,9 @@ class LeaseAttrs(NamedTuple):
 
     `public_ip` and `public_ip6` are the packed underlay addresses that its peers send to, None for a family that its
     underlay lacks. `vtep` and `vtep6` are its tunnel endpoints on these; None for such a family, and for backends
-    without a tunnel. `mtu` is of its overlay in bytes, 0 where it does not say. `extra` holds the JSON keys beyond
-    flannel's and ours.
+    without a tunnel. `mtu` is of its overlay in bytes, 0 where it does not say. `node_name` is what it calls itself, at
+    most MAX_NAME characters of any kind, empty where it does not say. `extra` holds the JSON keys beyond flannel's and
+    ours.
     """
 
     public_ip: bytes | None
@@ -443,6 +447,7 @@ class LeaseAttrs(NamedTuple):
     public_ip6: bytes | None = None
     vtep6: Vtep | None = None
     mtu: int = 0
+    node_name: str = ""
     extra: Mapping[str, Any] = NO_EXTRAS
 
     @property
@@ -543,6 +548,8 @@ def encode_attrs(attrs: LeaseAttrs) -> bytes:
             value[name] = {"VNI": vtep.vni, "VtepMAC": format_mac(vtep.mac)}
     if attrs.mtu:
         value["MTU"] = attrs.mtu
+    if attrs.node_name:
+        value["NodeName"] = attrs.node_name
     value.update(attrs.extra)
     return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
 
@@ -566,7 +573,7 @@ def decode_attrs(value: bytes, *, extras: bool = True) -> LeaseAttrs:
     public_ip = _address(pop("PublicIP", None), "PublicIP", 4)
     if public_ip is None:
         raise LeaseInvalid("PublicIP is missing")
-    mtu = pop("MTU", 0)
+    mtu, name = pop("MTU", 0), pop("NodeName", "")
     return LeaseAttrs(
         public_ip if public_ip != NO_ADDRESS else None,
         # A few names and numbers in thousands of leases.
@@ -575,6 +582,7 @@ def decode_attrs(value: bytes, *, extras: bool = True) -> LeaseAttrs:
         _address(pop("PublicIPv6", None), "PublicIPv6", 16),
         _vtep(pop("BackendV6Data", None), "BackendV6Data"),
         _KNOWN_MTUS.setdefault(mtu, mtu) if type(mtu) is int and mtu in MTUS else 0,
+        name[:MAX_NAME] if type(name) is str else "",
         fields if extras and fields else NO_EXTRAS,
     )
 

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
 from itertools import chain, islice, product
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 from subnet_lease.claims import Age, Claims
 from subnet_lease.model import (
@@ -47,6 +47,11 @@ REJECTIONS = ("malformed", "subnet", "network", "endpoint", "contested")
 """Sorts of reasons to reject a lease: it cannot be read, its subnet cannot be, it is of another backend or VNI, its MAC
 or address cannot be, an elder lease has a claim to the same."""
 
+CLASHES = ("subnet", "mac", "address", "link", "family", "network")
+"""What a lease may have that does not go with somebody else's: a subnet, MAC or underlay address that another host or
+this one has; a subnet that a link of this host occupies; no underlay address of a family that this host's has; another
+backend or VNI than the network's configuration."""
+
 UNROUTABLE = frozenset({0, 127, *range(224, 256)})
 """First bytes of IPv4 addresses where no host can be: "this" network, loopback, multicast, reserved (RFC 6890)."""
 
@@ -62,12 +67,26 @@ def possible_host(address: bytes) -> bool:
     return not multicast and not link_local and address[:12] not in _IPV4_FORMS
 
 
+class Reason(str):
+    """Why a lease is rejected, for people; for programs `clash`, one of CLASHES, or empty if it is wrong in itself."""
+
+    __slots__ = ("clash",)
+
+    def __new__(cls, text: str, clash: str = "") -> Self:
+        made = super().__new__(cls, text)
+        made.clash = clash
+        return made
+
+    clash: str
+
+
 class _Objection(LeaseInvalid):
     """A lease that could be read and cannot be used; `sort` is one of REJECTIONS."""
 
     def __init__(self, sort: str, reason: str) -> None:
         super().__init__(reason)
         self.sort = sort
+        self.clash = reason.clash if isinstance(reason, Reason) else ""
 
 
 class _Behind(_Objection):
@@ -133,7 +152,7 @@ class LeaseTable:
         sizes = set(map(len, host.addresses)) or {4, 16}
         self._has_ipv4, self._has_ipv6 = 4 in sizes, 16 in sizes
         self._valid: dict[str, Lease] = {}
-        self._invalid: dict[str, str] = {}
+        self._invalid: dict[str, Reason] = {}
         self._sorts: dict[str, str] = {}
         """Of those that are invalid, the sort of the reason, one of REJECTIONS; and how many there are of each."""
         self._sorted: Counter[str] = Counter()
@@ -244,8 +263,8 @@ class LeaseTable:
         try:
             lease = self._decode(record)
         except LeaseInvalid as reason:
-            sort = reason.sort if isinstance(reason, _Objection) else "malformed"
-            self._invalid[record.key], self._sorts[record.key] = str(reason), sort
+            sort, clash = (reason.sort, reason.clash) if isinstance(reason, _Objection) else ("malformed", "")
+            self._invalid[record.key], self._sorts[record.key] = Reason(str(reason), clash), sort
             self._sorted[sort] += 1
             if isinstance(reason, _Behind):
                 self._behind[record.key] = reason.claims
@@ -303,24 +322,24 @@ class LeaseTable:
             return f"the subnet spans more than {MAX_BLOCKS} subnets of /{length}"
         for own in self._host.subnets:
             if subnet.overlaps(own):
-                return f"the subnet overlaps this host's own, {own}"
+                return Reason(f"the subnet overlaps this host's own, {own}", "subnet")
         for link in self._host.links:
             if subnet.overlaps(link):
-                return f"the subnet overlaps {link}, which a link of this host uses"
+                return Reason(f"the subnet overlaps {link}, which a link of this host uses", "link")
         return None
 
     def _other_network(self, attrs: LeaseAttrs) -> str | None:
         """In what the lease differs from the configuration that all hosts come to share."""
         backend = self._backend.type
         if attrs.backend_type != backend and (backend != "alloc" or attrs.backend_type):
-            return f"the backend is {attrs.backend_type[:32]!r}, the network's is {backend!r}"
+            return Reason(f"the backend is {attrs.backend_type[:32]!r}, the network's is {backend!r}", "network")
         for vtep in (attrs.vtep, attrs.vtep6) if self._tunnel else ():
             if vtep is not None and vtep.vni != self._backend.vni:
-                return f"the VNI is {vtep.vni}, the network's is {self._backend.vni}"
+                return Reason(f"the VNI is {vtep.vni}, the network's is {self._backend.vni}", "network")
         return None
 
     def _attrs_objection(self, attrs: LeaseAttrs) -> str | None:
-        public_ip, _, vtep, public_ip6, vtep6, _, _ = attrs
+        public_ip, _, vtep, public_ip6, vtep6, *_ = attrs
         if self._backend.type == "alloc":
             return None
         reason = None
@@ -331,7 +350,7 @@ class LeaseTable:
             if vtep is not None and vtep6 is not None and vtep.mac == vtep6.mac:
                 reason = reason or f"VtepMAC {format_mac(vtep.mac)} stands for two addresses"
         if reason is None and not ((public_ip and self._has_ipv4) or (public_ip6 and self._has_ipv6)):
-            return "its underlay has no address of a family that this host's has"
+            return Reason("its underlay has no address of a family that this host's has", "family")
         return reason
 
     def _endpoint_objection(self, name: str, address: bytes | None, data: str, vtep: Vtep | None) -> str | None:
@@ -344,13 +363,13 @@ class LeaseTable:
             if not is_device_mac(mac):
                 return f"VtepMAC {format_mac(mac)} is not the address of one device"
             if mac in host.macs:
-                return f"VtepMAC {format_mac(mac)} is this host's own"
+                return Reason(f"VtepMAC {format_mac(mac)} is this host's own", "mac")
             if address is None:
                 return f"{data} has a VtepMAC, and there is no {name}"
         if address is None:
             return None
         if address in host.addresses:
-            return f"{name} {format_address(address)} is this host's own"
+            return Reason(f"{name} {format_address(address)} is this host's own", "address")
         overlay = self._families.get(len(address))
         if overlay is not None and overlay.first <= address <= overlay.last:
             return f"{name} {format_address(address)} lies inside the overlay, {overlay.network}"
@@ -363,7 +382,7 @@ class LeaseTable:
     def _claims_of(self, lease: Lease) -> tuple[Claim, ...]:
         """What a valid lease lays claim to: MACs, underlay addresses, subnets. Claims of two kinds never are equal."""
         subnet, subnet6, attrs, _, _, _ = lease
-        public_ip, _, vtep, _, vtep6, _, _ = attrs
+        public_ip, _, vtep, _, vtep6, *_ = attrs
         if vtep and public_ip and subnet and subnet6 is None and vtep6 is None and self._tunnel:
             # Nearly all, and there are thousands: without a detour.
             return vtep.mac, public_ip, subnet
@@ -373,7 +392,7 @@ class LeaseTable:
         """MAC and underlay address of each VTEP of a valid lease, none for a backend without a tunnel."""
         if not self._tunnel:
             return ()
-        public_ip, _, vtep, public_ip6, vtep6, _, _ = lease.attrs
+        public_ip, _, vtep, public_ip6, vtep6, *_ = lease.attrs
         first = ((vtep.mac, public_ip),) if vtep and public_ip else ()
         return first if vtep6 is None or public_ip6 is None else (*first, (vtep6.mac, public_ip6))
 
@@ -434,7 +453,7 @@ class LeaseTable:
                 return eldest
         return None
 
-    def _contest(self, key: str) -> str:
+    def _contest(self, key: str) -> Reason:
         """Why a contested lease is rejected."""
         lease = self._valid[key]
         elder = self._elder(key, lease)
@@ -442,17 +461,18 @@ class LeaseTable:
         other = self._valid[elder[1]]
         for (mac, address), (other_mac, other_address) in product(self._endpoints(lease), self._endpoints(other)):
             if other_mac == mac and other_address != address:
-                return f"VtepMAC {format_mac(mac)} has longer been {format_address(other_address)}'s"
+                return Reason(f"VtepMAC {format_mac(mac)} has longer been {format_address(other_address)}'s", "mac")
             if other_address == address and other_mac != mac:
                 name = "PublicIP" if len(address) == 4 else "PublicIPv6"
-                return (
+                return Reason(
                     f"{name} {format_address(address)} has longer been that of {other} with VtepMAC "
-                    f"{format_mac(other_mac)}"
+                    f"{format_mac(other_mac)}",
+                    "address",
                 )
         subnet = next(held for held in other.subnets if any(map(held.overlaps, lease.subnets)))
         underlay_ip = other.attrs.underlay_ip
         holder = format_address(underlay_ip) if underlay_ip else "another host"
-        return f"the subnet overlaps {subnet}, which {holder} has held for longer"
+        return Reason(f"the subnet overlaps {subnet}, which {holder} has held for longer", "subnet")
 
     # --- views ---
 
@@ -471,11 +491,11 @@ class LeaseTable:
         return ((key, lease) for key, lease in self._valid.items() if key not in self._contested)
 
     @property
-    def rejected(self) -> Mapping[str, str]:
+    def rejected(self) -> Mapping[str, Reason]:
         """Reasons by key, of what cannot be read or used and of what lost a contest."""
         return self._invalid | {key: self._contest(key) for key in self._contested}
 
-    def some_rejected(self, most: int) -> list[tuple[str, str]]:
+    def some_rejected(self, most: int) -> list[tuple[str, Reason]]:
         """Up to `most` of them, without working out the reasons of all."""
         keys = islice(chain(self._invalid, self._contested), most)
         return [(key, self._invalid[key] if key in self._invalid else self._contest(key)) for key in keys]

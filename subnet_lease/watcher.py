@@ -77,6 +77,8 @@ class Watcher:
         self._last_contact: float | None = None
         self._true_until: float | None = None
         """Up to when what was delivered is known to have been the store's latest, unless a watch stands."""
+        self.failure: StoreError | None = None
+        """Why the store cannot be had, None if it can as far as is known. A watch that is merely made anew is none."""
         self.pulse = Pulse(STORE_WORK_S, time.monotonic)
 
     @property
@@ -103,6 +105,8 @@ class Watcher:
                 self._supply()
             except StoreError as error:
                 self._lose()
+                if not isinstance(error, WatchInterrupted):
+                    self.failure = error
                 if isinstance(error, WatchInterrupted) and not error.resumable:
                     self._resume = 0
                     self._same_history = self._same_history and error.same_history
@@ -182,6 +186,7 @@ class Watcher:
             self._connected, self._true_until = False, self._clock()
 
     def _heard(self) -> None:
+        self.failure = None
         self._last_contact = self._true_until = now = self._clock()
         away = self._outage.ended(now)
         if away is not None:

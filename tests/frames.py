@@ -25,7 +25,7 @@ def roster(backend: str = '{"Type":"vxlan"}') -> Roster:
             Vtep(1, pack_mac(MACS[n])),
             pack_address(f"fd30::{n}"),
             Vtep(1, pack_mac(MACS6[n])),
-            extra={"NodeName": f"h{n}"},
+            node_name=f"h{n}",
         )
         leases.append(((Prefix.parse(f"10.5.{n}.0/24"), Prefix.parse(f"fd00:5:0:{n}::/64")), attrs))
     return Roster.of(config, leases)

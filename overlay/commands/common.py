@@ -13,7 +13,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from overlay.commands import Refusal
-from overlay.options import CaptureOptions, EtcdOptions, HostOptions, OptionError, Options, config_file, resolve
+from overlay.options import (
+    AnyOptions,
+    CaptureOptions,
+    EtcdOptions,
+    HostOptions,
+    OptionError,
+    Options,
+    config_file,
+    resolve,
+)
 
 if TYPE_CHECKING:
     from overlay.capture import Known
@@ -25,7 +34,7 @@ if TYPE_CHECKING:
     from subnet_lease.model import NetworkConfig, Prefix
     from subnet_lease.store import Snapshot
 
-Chosen = TypeVar("Chosen", bound=EtcdOptions)
+Chosen = TypeVar("Chosen", bound=AnyOptions)
 
 TIMES_HELP = "2h (ago), 14:00, yesterday 14:00, 2026-11-21T14:00"
 

@@ -81,5 +81,6 @@ def _current(options: CaptureOptions, address: bytes) -> "tuple[list[Current] | 
         macs = tuple(format_mac(vtep.mac) for vtep in (attrs.vtep, attrs.vtep6) if vtep) if attrs else ()
         subnets = tuple(map(str, row.subnets))
         if stands_for(address, subnets, hosts):
-            found.append(Current(row.key, listing.node_name(attrs), subnets, hosts, macs, row.rejected))
+            name = attrs.node_name if attrs else ""
+            found.append(Current(row.key, name or None, subnets, hosts, macs, row.rejected))
     return found, ""

@@ -116,6 +116,7 @@ def running(
             *(sys.executable, "-P", *argv, "run", "--config", os.devnull),
             *("--etcd-endpoints", endpoint, "--etcd-prefix", prefix),
             *("--iface", "eth0", "--subnet-file", str(directory / "subnet.env"), "--log-format", "json"),
+            *("--control-socket", str(directory / "agent.sock")),
             *("--state-dir", str(directory / "state")),
         ]
         environment = {

@@ -52,6 +52,7 @@ class Host(Namespace):
             *(sys.executable, "-P", "-m", "agent", "run", "--config", os.devnull),
             *("--etcd-endpoints", ETCD_ENDPOINT, "--etcd-prefix", prefix, "--node-name", self.port),
             *("--iface", "eth0", "--subnet-file", str(self.directory / "subnet.env"), "--log-format", "json"),
+            *("--control-socket", str(self.directory / "agent.sock")),
             *("--state-dir", str(self.directory / "state")),
         ]
         environment = {

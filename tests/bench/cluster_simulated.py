@@ -112,7 +112,7 @@ class _Agent:
         self._stopped.wait(delay)
         self.began = time.monotonic()
         config = self._config()
-        attrs = LeaseAttrs(self._address, "vxlan", Vtep(1, self._mac), extra={"NodeName": f"agent-{self._mac.hex()}"})
+        attrs = LeaseAttrs(self._address, "vxlan", Vtep(1, self._mac), node_name=f"agent-{self._mac.hex()}")
         underlay = Underlay("eth0", 2, 1500, (self._address,), (UNDERLAY,), (), "simulated")
         loops: list[tuple[Reconciler, Watcher]] = []
 

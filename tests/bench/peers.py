@@ -36,6 +36,8 @@ SECOND_IP = format_address(UNDERLAY.host(3))
 """Of a second host, for two agents side by side."""
 ETCD_ENDPOINT = f"http://{ETCD_IP}:2379"
 
+ABOUT = {"AgentVersion": "0.1.0"}
+
 TXN_PUTS = 128
 """etcd's default limit of operations in one transaction (--max-txn-ops)."""
 
@@ -52,8 +54,9 @@ def leases(count: int) -> list[Lease]:
     for number in range(1, count + 1):
         # As flannel makes them: random, locally administered, of one device.
         mac = bytes([dice.randrange(256) & 0xFE | 0x02]) + dice.randbytes(5)
-        extra = {"NodeName": f"node-{number}", "AgentVersion": "0.1.0"}
-        attrs = LeaseAttrs(UNDERLAY.host(256 + number), "vxlan", Vtep(1, mac), mtu=1450, extra=extra)
+        attrs = LeaseAttrs(
+            UNDERLAY.host(256 + number), "vxlan", Vtep(1, mac), mtu=1450, node_name=f"node-{number}", extra=ABOUT
+        )
         found.append(Lease(Prefix(NETWORK.host(number << 8), 24), None, attrs, 0, 0, 0))
     return found
 

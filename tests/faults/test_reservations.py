@@ -71,7 +71,7 @@ def records(store: Store) -> dict[str, Record]:
 def own_attrs(previous: Lease | None, public_ip: bytes = HOST) -> LeaseAttrs:
     """As the agent has it: the MAC of the lease there was, and facts of the host."""
     known = previous.attrs.vtep if previous else None
-    return LeaseAttrs(public_ip, "vxlan", known or Vtep(1, OWN_MAC), extra={"NodeName": "node-5"})
+    return LeaseAttrs(public_ip, "vxlan", known or Vtep(1, OWN_MAC), node_name="node-5")
 
 
 def keeper(store: Store, on_lease: Callable[[Lease], None] = lambda _: None, preferred: str | None = None) -> Keeper:
@@ -115,7 +115,7 @@ def test_host_takes_what_is_reserved_for_it_with_its_mac_and_keeps_it_over_resta
     assert (first.subnets, first.reserved) == (SUBNET, True)
     taken = records(store)
     assert taken.keys() == {KEY}
-    assert decode_attrs(taken[KEY].value) == decode_attrs(reserved.value)._replace(extra={"NodeName": "node-5"})
+    assert decode_attrs(taken[KEY].value) == decode_attrs(reserved.value)._replace(node_name="node-5")
 
     assert keeper(store).acquire() == first
     kept = release_lease(store, Identity(HOST))

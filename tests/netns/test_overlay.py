@@ -119,8 +119,8 @@ def test_lease_bears_the_mac_of_the_device_and_our_own_facts(shared_lab: Lab) ->
     (own,) = (lease for lease in shared_lab.leases() if format_address(lease.attrs.public_ip) == h1.underlay_ip)
     assert own.attrs.vtep is not None
     assert format_mac(own.attrs.vtep.mac) == h1.json("ip", "link", "show", "flannel.1")[0]["address"]
-    assert own.attrs.mtu == 1450
-    assert own.attrs.extra.keys() == {"NodeName", "AgentVersion"}
+    assert (own.attrs.mtu, own.attrs.node_name) == (1450, "h1")
+    assert own.attrs.extra.keys() == {"AgentVersion"}
 
 
 def test_forwarding_is_switched_on_and_said(shared_lab: Lab) -> None:
@@ -256,7 +256,8 @@ def test_host_that_leaves_with_release_leaves_nothing_anywhere(make_lab: Callabl
     gone = h3.subnet
     assert h3.run("nft", "list", "table", "inet", "overlay_agent").returncode == 0
     assert h3.kill_agent(signal.SIGTERM) == 0
-    options = ("--subnet-file", str(h3.subnet_file), "--etcd-endpoints", "http://172.30.0.1:2379")
+    options = ("--subnet-file", str(h3.subnet_file), "--state-dir", str(h3.state_dir))
+    options += ("--etcd-endpoints", "http://172.30.0.1:2379")
     done = h3.run(*AGENT, "cleanup", "--release", *options)
     assert done.returncode == 0, done.stderr
     assert "removed device flannel.1" in done.stdout
@@ -463,7 +464,7 @@ def test_exhausted_network_is_said_with_numbers_and_retried(make_lab: Callable[.
     freed = h1.subnet
     cleanup = h1.run(
         *AGENT, "cleanup", "--release", "--subnet-file", str(h1.subnet_file),
-        "--etcd-endpoints", "http://172.30.0.1:2379",
+        "--state-dir", str(h1.state_dir), "--etcd-endpoints", "http://172.30.0.1:2379",
     )  # fmt: skip
     assert cleanup.returncode == 0, cleanup.stderr
     h3.wait_ready()

@@ -103,7 +103,7 @@ def test_host_that_joins_is_reached_by_the_first_packet_and_none_after_it_has_le
     with Story(wire, peers.pod, pods) as leaving, Monitor(peers.sender) as monitor:
         host.kill_agent()
         cleanup = [sys.executable, "-P", "-m", "agent", "cleanup", "--release", "--subnet-file", str(host.subnet_file)]
-        done = host.run(*cleanup, "--etcd-endpoints", peers.lab.etcd_endpoint())
+        done = host.run(*cleanup, "--state-dir", str(host.state_dir), "--etcd-endpoints", peers.lab.etcd_endpoint())
         assert done.returncode == 0, done.stderr
         leaving.until(life.CLEARLY)
         done_ns = monitor.until_unrouted(*map(Prefix.parse, subnets))

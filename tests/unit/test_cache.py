@@ -20,7 +20,7 @@ def lease(number: int, etcd_lease: int = 7) -> Lease:
 
 
 def cached(until: float | None = UNTIL) -> Cached:
-    own = lease(1)._replace(attrs=lease(1).attrs._replace(mtu=1450, extra={"NodeName": "a"}))
+    own = lease(1)._replace(attrs=lease(1).attrs._replace(mtu=1450, node_name="a"))
     return Cached(CONFIG, own, until, Snapshot((), 99, 5), WRITTEN)
 
 

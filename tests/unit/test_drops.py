@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from overlay.drops import AGAIN_S, REASONS, Dropped, Drops
+from overlay.drops import AGAIN_S, LATELY_S, REASONS, STEP_S, Dropped, Drops, Lately
 from overlay.firewall import MASQUERADED, SAMPLED, STRANGERS, STRAYS
 
 
@@ -50,3 +50,20 @@ def test_every_reason_is_in_the_documents() -> None:
     page = (Path(__file__).parents[2] / "docs/drops.md").read_text()
     assert set(REASONS) >= set(SAMPLED)
     assert set(REASONS) <= set(re.findall(r"`(\w+)`", page))
+
+
+def test_what_rises_again_and_again_is_going_on_until_it_has_stopped_for_a_while() -> None:
+    lately = Lately()
+    rising = []
+    for step, number in enumerate((7, 7, 8, 8, 9, 10, 10)):
+        lately.look({STRANGERS: number, STRAYS: 1}, step * STEP_S)
+        rising.append(lately.rising(step * STEP_S))
+    assert rising == [[], [], [], [], [STRANGERS], [STRANGERS], [STRANGERS]]
+    assert lately.rising(5 * STEP_S + LATELY_S) == []
+
+
+def test_one_rise_is_nothing_however_soon_it_is_looked_at_again() -> None:
+    lately = Lately()
+    for number, now in ((0, 0.0), (5, STEP_S), (9, STEP_S + 0.1)):
+        lately.look({STRANGERS: number}, now)
+    assert lately.rising(STEP_S + 0.1) == []

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from subnet_lease.model import (
     LIVE_SETTINGS,
+    MAX_NAME,
     MAX_NESTED,
     MAX_VALUE_BYTES,
     MTUS,
@@ -63,7 +64,7 @@ json_values = st.recursive(
     max_leaves=8,
 )
 FLANNELS = ("PublicIP", "PublicIPv6", "BackendType", "BackendData", "BackendV6Data")
-KNOWN = (*FLANNELS, "MTU")
+KNOWN = (*FLANNELS, "MTU", "NodeName")
 extras = st.dictionaries(st.text().filter(lambda key: key not in KNOWN), json_values, max_size=3)
 attrs = st.builds(
     LeaseAttrs,
@@ -73,6 +74,7 @@ attrs = st.builds(
     public_ip6=st.none() | addresses6,
     vtep6=st.none() | vteps,
     mtu=st.just(0) | st.sampled_from(MTUS),
+    node_name=st.text(max_size=MAX_NAME),
     extra=extras,
 )
 
@@ -399,8 +401,8 @@ def test_key_without_an_etcd_lease_is_a_reservation() -> None:
 
 
 def test_extra_keys_are_left_out_where_nobody_wants_them() -> None:
-    value = b'{"PublicIP":"10.0.0.1","BackendType":"vxlan","NodeName":"a"}'
-    assert decode_attrs(value).extra == {"NodeName": "a"}
+    value = b'{"PublicIP":"10.0.0.1","BackendType":"vxlan","Zone":"a"}'
+    assert decode_attrs(value).extra == {"Zone": "a"}
     assert decode_attrs(value, extras=False).extra == {}
 
 
@@ -427,14 +429,26 @@ def test_values_of_backends_without_a_tunnel_are_flannels() -> None:
 
 
 def test_mtu_stands_behind_flannels_keys_and_before_the_extras() -> None:
-    attrs = LeaseAttrs(pack_address("1.2.3.4"), "vxlan", None, mtu=1450, extra={"NodeName": "a"})
-    assert list(json.loads(encode_attrs(attrs))) == ["PublicIP", "PublicIPv6", "BackendType", "MTU", "NodeName"]
+    attrs = LeaseAttrs(pack_address("1.2.3.4"), "vxlan", None, mtu=1450, node_name="a", extra={"Zone": "b"})
+    names = ["PublicIP", "PublicIPv6", "BackendType", "MTU", "NodeName", "Zone"]
+    assert list(json.loads(encode_attrs(attrs))) == names
 
 
 @pytest.mark.parametrize("mtu", [b'"1450"', b"true", b"67", b"65536", b"-1", b"1450.0", b"null", b"[1450]"])
 def test_an_mtu_that_is_none_is_unknown_and_no_reason_to_reject(mtu: bytes) -> None:
     found = decode_attrs(b'{"PublicIP":"1.2.3.4","BackendType":"vxlan","MTU":' + mtu + b"}")
     assert (found.mtu, found.extra) == (0, {})
+
+
+@pytest.mark.parametrize(("name", "kept"), [('"a"', "a"), ('""', ""), ("7", ""), ("null", ""), ('"\\u0007"', "\a")])
+def test_name_that_is_no_text_is_none_and_no_reason_to_reject(name: str, kept: str) -> None:
+    found = decode_attrs(f'{{"PublicIP":"1.2.3.4","BackendType":"vxlan","NodeName":{name}}}'.encode(), extras=False)
+    assert (found.node_name, found.extra) == (kept, {})
+
+
+def test_names_are_kept_up_to_the_length_that_dns_allows() -> None:
+    value = encode_attrs(LeaseAttrs(pack_address("1.2.3.4"), "vxlan", None, node_name="x" * 1000))
+    assert decode_attrs(value).node_name == "x" * MAX_NAME
 
 
 def test_equal_mtus_are_one_object() -> None:

@@ -19,9 +19,8 @@ PAGE = Path(__file__).parents[2] / "docs/reservations.md"
 
 
 def record(number: int, created: int, *, etcd_lease: int = 1, key: str = "", name: object = None) -> Record:
-    extra = {} if name is None else {"NodeName": name}
     attrs = LeaseAttrs(
-        pack_address(f"192.168.0.{number}"), "vxlan", Vtep(1, bytes((2, 0, 0, 0, 0, number))), extra=extra
+        pack_address(f"192.168.0.{number}"), "vxlan", Vtep(1, bytes((2, 0, 0, 0, 0, number))), node_name=name or ""
     )
     return Record(key or f"10.5.{number}.0-24", encode_attrs(attrs), etcd_lease, created, created + 1)
 
@@ -75,7 +74,7 @@ def test_table_of_a_cluster_in_order_has_no_marks_and_no_reasons() -> None:
 
 def test_table_of_both_families_has_columns_for_what_there_is() -> None:
     networks = BOTH.blocks
-    six = LeaseAttrs(None, "vxlan", None, pack_address("fd11::3"), Vtep(1, b"\2\6\0\0\0\3"), 1430, {"NodeName": "h3"})
+    six = LeaseAttrs(None, "vxlan", None, pack_address("fd11::3"), Vtep(1, b"\2\6\0\0\0\3"), 1430, "h3")
     records = (
         record(2, 9, etcd_lease=6, key="10.5.2.0-24&fd00:5:0:2::-64", name="h2"),
         Record("0.0.0.0-0&fd00:5:0:3::-64", encode_attrs(six), 0, 4, 4),

@@ -110,6 +110,8 @@ VALUES: dict[str, st.SearchStrategy[tuple[list[str], Any]]] = {
     "ip_masq": st.booleans().map(lambda value: (["true" if value else "false"], value)),
     "healthz_ip": st.ip_addresses().map(lambda address: ([str(address)], str(address))),
     "healthz_port": st.integers(0, 65535).map(lambda number: ([str(number)], number)),
+    "control_socket": words.map(lambda text: (["/run/" + text], "/run/" + text)),
+    "control_socket_mode": st.sampled_from(["0600", "0660", "0666"]).map(lambda text: ([text], text)),
     "log_level": st.sampled_from(["debug", "info", "warning", "error"]).map(lambda text: ([text], text)),
     "log_format": st.sampled_from(["auto", "console", "json"]).map(lambda text: ([text], text)),
 }

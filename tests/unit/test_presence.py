@@ -22,8 +22,8 @@ def presence(
 ) -> Presence:
     config = usable(f'{{"Network":"10.0.0.0/8","Backend":{{{backend}}}}}'.encode())
     underlay = Underlay("eth0", 2, 1500, tuple(ADDRESSES[each] for each in families), (), (), "test")
-    about = {"NodeName": "n1"}
-    return Presence(config, underlay, tuple(PUBLIC[each] for each in public), macs or {}, "machine", about)
+    about = {"AgentVersion": "1"}
+    return Presence(config, underlay, tuple(PUBLIC[each] for each in public), macs or {}, "machine", "n1", about)
 
 
 def lease(**attrs: object) -> Lease:
@@ -39,7 +39,7 @@ def test_host_states_what_its_underlay_has(families: tuple[int, ...]) -> None:
     )
     assert (attrs.vtep is not None, attrs.vtep6 is not None) == (V4 in families, V6 in families)
     assert (attrs.backend_type, attrs.mtu) == ("vxlan", 1430 if V6 in families else 1450)
-    assert attrs.extra == {"NodeName": "n1"}
+    assert (attrs.node_name, attrs.extra) == ("n1", {"AgentVersion": "1"})
 
 
 @pytest.mark.parametrize(

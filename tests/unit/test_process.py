@@ -53,3 +53,8 @@ def test_what_goes_into_the_loopback_device_comes_out_of_it() -> None:
     for way in ("receive", "transmit"):
         assert after[way, "packets"] >= before[way, "packets"] + 10
         assert after[way, "bytes"] >= before[way, "bytes"] + 10_000
+
+
+def test_interfaces_are_up_down_or_not_there() -> None:
+    assert process.device_up("lo") is True
+    assert process.device_up("no-such-device") is None

@@ -7,8 +7,10 @@ import dataclasses
 import errno
 import itertools
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import TypeVar
 
 import pytest
 from structlog.testing import capture_logs
@@ -23,13 +25,11 @@ from overlay.reconciler import (
     RETRY,
     RETRY_MOST,
     TOLD,
-    Census,
     Fact,
     Plan,
     Reconciler,
     State,
     Stop,
-    Survey,
 )
 from overlay.records import Event, News, Table, Turns
 from subnet_lease.model import (
@@ -45,6 +45,8 @@ from subnet_lease.model import (
 from subnet_lease.store import Changes, Deleted, Record, Snapshot
 from subnet_lease.table import REJECTIONS
 from tests.fake_dataplane import FakeKernel
+
+T = TypeVar("T")
 
 CONFIG = NetworkConfig.parse(b'{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}')
 DUAL = NetworkConfig.parse(
@@ -184,6 +186,16 @@ class Agent:
             self.reconciler.post(fact)
         self.settle()
         return self.written(before)
+
+    def asked(self, question: Callable[[float], T | None]) -> T:
+        """The answer to a question that another thread asks."""
+        with ThreadPoolExecutor(1) as pool:
+            answer = pool.submit(question, 10.0)
+            while not answer.done():
+                self.settle()
+            found = answer.result()
+        assert found is not None
+        return found
 
     def written(self, since: int = 0) -> list[str]:
         """All operations from batch number `since` on, as words."""
@@ -873,13 +885,34 @@ def test_mtu_of_the_configuration_is_taken_over(agent: Agent) -> None:
 
 
 def test_survey_is_answered_with_the_accepted_leases(agent: Agent) -> None:
-    answers: list[Census] = []
-    agent.post(Survey(answers.append))
-    (census,) = answers
+    census = agent.asked(agent.reconciler.survey)
     assert {each.subnet for each in census.leases} == {lease(number).subnet for number in (1, 2, 3)}
     assert (census.revision, census.cluster) == (agent.state.revision, 1)
     assert {entry for each in census.leases for entry in census.entries(each)} == set(agent.kernel.entries())
     assert census.tunnels == agent.kernel.tunnels
+
+
+def test_question_that_is_not_answered_in_time_has_no_answer(agent: Agent) -> None:
+    assert agent.reconciler.survey(0.01) is None
+
+
+def test_inspection_tells_what_each_peer_calls_for_and_what_is_amiss(agent: Agent) -> None:
+    found = agent.asked(agent.reconciler.inspect)
+    assert [key for key, _ in found.peers] == [lease(number).key for number in (1, 2, 3)]
+    assert set().union(*found.wanted.values()) == set(agent.kernel.entries())
+    assert (found.gap, found.missing, found.refused, found.rejected, found.unreachable) == ({}, 0, {}, [], set())
+    assert found.last_change is not None and found.last_change.put == len(agent.kernel.entries())
+    assert found.plan == agent.reconciler.plan and found.state.entries == agent.state.entries
+    assert found.routes and found.nexthops
+
+
+def test_inspection_tells_when_a_lease_changed_since_the_start(agent: Agent) -> None:
+    before = agent.state.beat
+    agent.post(joined(lease(4), 400))
+    timeline = agent.asked(agent.reconciler.inspect).timeline
+    when = timeline.when(400)
+    assert when is not None and before < when < agent.state.beat
+    assert timeline.when(lease(1).mod_revision) is None
 
 
 def test_rejected_leases_are_told_with_their_reasons_and_not_twice(agent: Agent) -> None:

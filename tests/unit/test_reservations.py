@@ -20,9 +20,8 @@ SUBNET = (Prefix.parse("10.5.34.0/24"),)
 HOST = pack_address("192.168.0.5")
 
 
-def record(key: str, host: str = "192.168.0.5", *, etcd_lease: int = 1, name: str | None = None) -> Record:
-    extra = {"NodeName": name} if name else {}
-    value = encode_attrs(LeaseAttrs(pack_address(host), "vxlan", Vtep(7, b"\x02\0\0\0\0\x01"), extra=extra))
+def record(key: str, host: str = "192.168.0.5", *, etcd_lease: int = 1, name: str = "") -> Record:
+    value = encode_attrs(LeaseAttrs(pack_address(host), "vxlan", Vtep(7, b"\x02\0\0\0\0\x01"), node_name=name))
     return Record(key, value, etcd_lease, 1, 1)
 
 

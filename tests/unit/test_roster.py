@@ -13,8 +13,7 @@ CONFIG = NetworkConfig.parse(
 def host(number: int, *subnets: str, name: object = None, v6: bool = False) -> tuple[tuple[Prefix, ...], LeaseAttrs]:
     address6, vtep6 = (pack_address(f"fd30::{number}"), Vtep(7, bytes((2, 0, 0, 0, 6, number)))) if v6 else (None, None)
     vtep = Vtep(7, bytes((2, 0, 0, 0, 4, number)))
-    extra = {} if name is None else {"NodeName": name}
-    attrs = LeaseAttrs(pack_address(f"192.168.0.{number}"), "vxlan", vtep, address6, vtep6, extra=extra)
+    attrs = LeaseAttrs(pack_address(f"192.168.0.{number}"), "vxlan", vtep, address6, vtep6, node_name=name or "")
     return tuple(map(Prefix.parse, subnets)), attrs
 
 

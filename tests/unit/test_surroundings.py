@@ -8,7 +8,7 @@ import pytest
 import structlog
 from structlog.testing import capture_logs
 
-from overlay import iptables, nft, surroundings
+from overlay import causes, iptables, nft, surroundings
 from overlay.cluster_hosts import wait_until
 from overlay.drops import CROWDED
 from overlay.firewall import STRANGERS, Finding, Rules
@@ -148,3 +148,82 @@ def test_what_is_dropped_is_told_with_its_reason_and_sources(
     assert by_event[event]["packets"] == 3 and by_event[event]["reason"] == STRANGERS
     assert by_event[event]["sources"] == [f"172.30.0.{number}" for number in range(1, 5)]
     assert by_event["connections_dropped"]["connections"] == 2 and "sources" not in by_event["connections_dropped"]
+
+
+# --- findings ----------------------------------------------------------------------------------------------------
+
+
+def causes_of(made: Surroundings) -> list[tuple[str, str]]:
+    return [(found.cause, causes.severity(found)) for found in made.findings()]
+
+
+@pytest.fixture
+def settings(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The kernel's settings, as those of a host in order."""
+    found = {"net.ipv4.ip_forward": "1", "net.ipv4.conf.all.rp_filter": "0"}
+    monkeypatch.setattr(surroundings.sysctl, "read", lambda name, root=None: found.get(name))
+    monkeypatch.setattr(Surroundings, "_settings", lambda self, plan: iter(()))
+    monkeypatch.setattr(iptables, "ensure", lambda blocks, versions: [])
+    monkeypatch.setattr(nft, "findings", lambda blocks: [])
+    return found
+
+
+def test_nothing_is_found_before_there_is_a_plan_and_on_a_host_in_order(
+    made: Surroundings, settings: dict[str, str]
+) -> None:
+    settings["net.ipv4.ip_forward"] = "0"
+    assert causes_of(made) == []
+    made.refresh(0)
+    settings["net.ipv4.ip_forward"] = "1"
+    made.prepare(PLAN)
+    made.protect(PLAN)
+    assert causes_of(made) == []
+
+
+def test_forwarding_that_is_off_is_found_whenever_it_is_switched_off(
+    made: Surroundings, settings: dict[str, str]
+) -> None:
+    made.prepare(PLAN)
+    settings["net.ipv4.ip_forward"] = "0"
+    assert causes_of(made) == [("forwarding_off", "down")]
+
+
+def test_rules_that_cannot_be_loaded_are_found_until_they_are(
+    made: Surroundings, tables: Tables, settings: dict[str, str]
+) -> None:
+    made.prepare(PLAN)
+    tables.failure = nft.NftFailed("no")
+    made.protect(PLAN)
+    assert causes_of(made) == [("entries_refused", "degraded")]
+    tables.failure = None
+    made.protect(PLAN)
+    assert causes_of(made) == []
+
+
+def test_chains_that_cannot_be_mended_are_found_until_they_are(
+    made: Surroundings, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.prepare(PLAN)
+    monkeypatch.setattr(iptables, "ensure", lambda blocks, versions: [Outcome("iptables-legacy", "no such program")])
+    made.protect(PLAN)
+    assert causes_of(made) == [("forward_drop", "degraded")]
+    monkeypatch.setattr(iptables, "ensure", lambda blocks, versions: [])
+    made.protect(PLAN)
+    assert causes_of(made) == []
+
+
+def test_look_that_was_asked_for_is_waited_for_and_tells_what_is_now(
+    made: Surroundings, settings: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made.prepare(PLAN)
+    thread = threading.Thread(target=made.run)
+    thread.start()
+    monkeypatch.setattr(nft, "findings", lambda blocks: [Finding("a table may drop", "nft this")])
+    made.refresh(10)
+    (found,) = made.findings()
+    assert (found.cause, causes.severity(found), causes.remedy(found)) == ("forward_drop", "degraded", "`nft this`")
+    monkeypatch.setattr(nft, "findings", lambda blocks: [])
+    made.refresh(10)
+    assert causes_of(made) == []
+    made.stop()
+    thread.join()

@@ -22,7 +22,7 @@ from subnet_lease.model import (
     subnet_key,
 )
 from subnet_lease.store import Changes, Deleted, Record, Snapshot
-from subnet_lease.table import NOBODY, Host, LeaseTable, possible_host
+from subnet_lease.table import CLASHES, NOBODY, Host, LeaseTable, possible_host
 
 CONFIG = NetworkConfig.parse(b'{"Network":"10.0.0.0/16","SubnetLen":24,"Backend":{"Type":"vxlan"}}')
 HOST = Host(
@@ -162,6 +162,30 @@ def test_lease_that_no_host_may_believe_is_rejected_with_its_reason(bad: Record,
     assert accepted(made) == {"10.0.9.0-24"}
     assert made.rejected[bad.key].startswith(reason)
     assert made.rejected_count == 1
+
+
+@pytest.mark.parametrize(
+    ("bad", "clash"),
+    [
+        (record("10.0.200.0-25", 1, 5), "subnet"),
+        (record("10.0.130.0-24", 1, 5), "link"),
+        (record("10.0.1.0-24", 1, 5, BackendData={"VNI": 1, "VtepMAC": "02:00:00:00:00:c8"}), "mac"),
+        (record("10.0.1.0-24", 200, 5, BackendData={"VNI": 1, "VtepMAC": "02:00:00:00:00:01"}), "address"),
+        (record6(key6(1), 1, 5), ""),
+        (record("10.0.1.0-24", 1, 5, BackendType="host-gw"), "network"),
+        (record("10.0.1.0-24", 1, 5, BackendData={"VNI": 2, "VtepMAC": "02:00:00:00:00:01"}), "network"),
+        (record("10.0.1.0-24", 1, 5, PublicIP="127.0.0.1"), ""),
+        (Record("10.0.1.0-24", b"", 1, 5, 5), ""),
+        (record("10.0.9.0-25", 10, 10), "subnet"),
+        (record("10.0.10.0-24", 10, 10, BackendData={"VNI": 1, "VtepMAC": "02:00:00:00:00:09"}), "mac"),
+        (record("10.0.10.0-24", 9, 10, BackendData={"VNI": 1, "VtepMAC": "02:00:00:00:00:0a"}), "address"),
+    ],
+)
+def test_rejection_says_for_programs_what_it_clashes_with(bad: Record, clash: str) -> None:
+    made = table(record("10.0.9.0-24", 9, 4), bad)
+    ((key, reason),) = made.some_rejected(9)
+    assert (key, reason.clash, made.rejected[key].clash) == (bad.key, clash, clash)
+    assert clash in ("", *CLASHES)
 
 
 def test_rejected_leases_are_counted_by_the_sort_of_the_reason() -> None:

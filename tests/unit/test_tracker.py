@@ -572,7 +572,10 @@ class TrackerOverKernel(RuleBasedStateMachine):
         wanted = {entry[0] for entries in self.wanted.values() for entry in entries}
         assert self.tracker.wanted == len(wanted)
         assert set(self.tracker.owners) == set(self.wanted)
-        assert len(self.tracker.pending()) == self.tracker.gap
+        pending = self.tracker.pending()
+        assert len(pending) == self.tracker.gap
+        assert self.tracker.amiss.keys() == {op.entry[0] for op in pending}
+        assert self.tracker.missing == sum(isinstance(op, Put) for op in pending)
         assert len(self.tracker.refused) <= self.tracker.gap
 
 

@@ -5,8 +5,10 @@ import math
 import pytest
 
 from overlay import metrics
+from overlay.causes import Finding
 from overlay.process import Usage
 from overlay.reconciler import Plan, State
+from overlay.verdict import starting
 from overlay.vitals import Vitals
 from subnet_lease.model import Prefix
 from subnet_lease.table import REJECTIONS
@@ -27,6 +29,7 @@ class World:
         self.connected = True
         self.table_age: float | None = 0.0
         self.counters = {"strangers": 4}
+        self.findings: list[Finding] = []
         self.vitals = Vitals(
             "1.2.3",
             MAX_AGE,
@@ -36,6 +39,7 @@ class World:
             devices=lambda names: {name: dict.fromkeys(metrics.DEVICE_COUNTERS, 5) for name in names},
             firewall=lambda: self.counters,
         )
+        self.vitals.findings = lambda: self.findings
 
     def seconds_left(self) -> float | None:
         return self.left
@@ -75,9 +79,11 @@ def test_healthz_names_each_loop_that_is_dead_and_no_other(world: World) -> None
 
 def test_an_agent_that_starts_is_alive_not_ready_and_says_what_it_waits_for(world: World) -> None:
     assert world.vitals.healthz()[0]
-    assert world.vitals.readyz() == (False, "not ready: waiting for etcd and the network configuration")
-    world.vitals.waiting_for = "a subnet"
-    assert world.vitals.readyz() == (False, "not ready: waiting for a subnet")
+    world.findings = [starting("a subnet")]
+    assert world.vitals.readyz() == (
+        False,
+        "not ready: agent_starting: the agent is not ready: it waits for a subnet",
+    )
     found = world.samples()
     assert found["overlay_agent_ready"] == 0
     assert "overlay_agent_peers" not in found
@@ -93,13 +99,16 @@ def test_ready_tells_the_numbers(world: World) -> None:
 @pytest.mark.parametrize(
     ("trouble", "reason"),
     [
-        ({"state": State()}, "the dataplane is not complete"),
-        ({"state": State(trouble="the device is another's")}, "the device is another's"),
-        ({"left": 0.0}, "this host's lease has ended, or is another host's"),
+        ({"findings": [Finding("lease_lost")]}, "lease_lost: this host holds no lease"),
         (
             {"table_age": MAX_AGE + 1, "connected": False},
-            "the table of peers is 301 s old, at most 300 s are allowed: etcd is away",
+            "etcd_unreachable: the table of peers is 301 s old, at most 300 s are allowed: etcd is away",
         ),
+        (
+            {"table_age": MAX_AGE + 1, "findings": [Finding("journal_failing"), Finding("etcd_denied")]},
+            "etcd_denied: the table of peers is 301 s old, at most 300 s are allowed: etcd is away",
+        ),
+        ({"table_age": MAX_AGE + 1, "findings": [Finding("lease_lost")]}, "lease_lost: this host holds no lease"),
     ],
 )
 def test_not_ready_has_one_reason_and_goes_with_it(world: World, trouble: dict[str, object], reason: str) -> None:
@@ -112,6 +121,14 @@ def test_not_ready_has_one_reason_and_goes_with_it(world: World, trouble: dict[s
     vars(world).update(good)
     assert vitals.readyz()[0]
     assert world.samples()["overlay_agent_ready"] == 1
+
+
+def test_every_grave_cause_is_named_and_none_of_the_others(world: World) -> None:
+    world.findings = [Finding("lease_lost"), Finding("rp_filter"), Finding("forward_drop")]
+    ready, text = world.complete().readyz()
+    assert not ready and "lease_lost: " in text and "forward_drop: " in text and "rp_filter" not in text
+    world.findings = [Finding("rp_filter")]
+    assert world.vitals.readyz()[0]
 
 
 def test_table_from_disk_is_as_old_as_the_file_until_the_store_says_something(world: World) -> None:
