@@ -14,14 +14,14 @@ SOURCES := agent.py overlay subnet_lease tests
 
 # program:package
 PROGRAMS := ip:iproute2 bridge:iproute2 etcd:etcd-server nft:nftables ping:iputils-ping
-test: PROGRAMS += etcdctl:etcd-client openssl:openssl ethtool:ethtool dhcpcd:dhcpcd-base systemd-analyze:systemd iptables-legacy:iptables promtool:prometheus
+test: PROGRAMS += etcdctl:etcd-client openssl:openssl ethtool:ethtool dhcpcd:dhcpcd-base systemd-analyze:systemd iptables-legacy:iptables chromium:chromium promtool:prometheus
 
 # What "CORE" means stands once, in the first import contract.
 CORE = $(shell $(BIN)/python -c 'import tomllib; \
   contracts = tomllib.load(open("pyproject.toml", "rb"))["tool"]["importlinter"]["contracts"]; \
   print(",".join(name.replace(".", "/") + ".py" for name in contracts[0]["source_modules"]))')
 
-.PHONY: help demo test unit lint types kernels soak bench docs lock wheel install install-files visible uninstall clean root system
+.PHONY: help demo test unit lint types kernels soak bench docs pictures lock wheel install install-files visible uninstall clean root system
 help:
 	@sed -nE 's/^([a-z]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 17
 
@@ -61,6 +61,10 @@ docs: .venv/run.stamp ## regenerate the references of options and metrics, and t
 	$(BIN)/python -m overlay.reference > docs/configuration.md
 	$(BIN)/python -m overlay.reference example > deploy/overlay-agent.toml
 	$(BIN)/python -m overlay.reference metrics > docs/metrics.md
+
+pictures: PROGRAMS += chromium:chromium
+pictures: system .venv/dev.stamp ## take the pictures of docs/page.md anew, in a headless Chromium
+	$(BIN)/python -m tests.netns.screenshots docs/pictures
 
 # `make lock UV_OPTIONS=--upgrade` moves to the newest versions; without it only what pyproject.toml calls for changes.
 lock: ## bring the lock files in line with pyproject.toml

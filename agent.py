@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from overlay.control import Handler
     from overlay.device import Underlay
     from overlay.firewall import Rules
+    from overlay.health import Answer, Document
     from overlay.insight import Insight
     from overlay.journal import Journal
     from overlay.kernel import Kernel
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from overlay.notify import Notifier
     from overlay.presence import Presence
     from overlay.reconciler import Plan, Reconciler
+    from overlay.viewer import Viewer
     from overlay.vitals import Vitals
     from subnet_lease.cache import Cached, CacheWriter
     from subnet_lease.etcd import EtcdStore
@@ -184,7 +186,7 @@ def run(options: Options) -> int:
         store = open_store(options, vitals.requested)
         stack.callback(store.close)
         stack.enter_context(loops)
-        _serve_health(options, vitals, stack)
+        _serve_health(options, vitals, insight, stack)
         _answer_questions(options, insight.questions, stack)
         try:
             _run(options, store, notifier, loops, vitals, insight)
@@ -222,6 +224,7 @@ def _run(
 
     journal, log = _journal(options, loops, structlog.get_logger("agent"))
     if journal:
+        insight.journal = journal
         insight.questions["events"] = journal.answer
         insight.others.append(partial(_disk_trouble, options, lambda: journal.trouble))
     log.info("starting", version=overlay.__version__, etcd=list(options.etcd_endpoints), prefix=options.etcd_prefix)
@@ -687,20 +690,37 @@ def _disk_trouble(options: Options, refused: Callable[[], str]) -> "Iterator[Fin
         yield Finding("journal_failing", evidence=(f"{path}: {reason}",), values={"path": path})
 
 
-def _serve_health(options: Options, vitals: "Vitals", stack: ExitStack) -> None:
+def _serve_health(options: Options, vitals: "Vitals", insight: "Insight", stack: ExitStack) -> None:
     if not options.healthz_port:
         return
+    from overlay import page_files
     from overlay.health import HealthServer, HealthUnavailable
     from overlay.metrics import CONTENT_TYPE
 
     pages = {"/healthz": vitals.healthz, "/readyz": vitals.readyz, "/metrics": vitals.metrics}
     types = {"/metrics": CONTENT_TYPE}
-    server = HealthServer(options.healthz_ip, options.healthz_port, pages, types, vitals.connections_dropped)
+    dropped, documents = vitals.connections_dropped, {**page_files.documents(), "/api/cluster": _picture(insight)}
+    server = HealthServer(options.healthz_ip, options.healthz_port, pages, types, dropped, documents)
     try:
         server.start()
     except HealthUnavailable as error:
         raise Refusal(str(error)) from None
     stack.callback(server.stop)
+
+
+def _picture(insight: "Insight") -> "Document":
+    """The document of the page. What makes it is imported when somebody opens the page."""
+    viewer: Viewer | None = None
+
+    def answer(query: str) -> "Answer":
+        nonlocal viewer
+        if viewer is None:
+            from overlay.viewer import Viewer
+
+            viewer = Viewer(insight)
+        return viewer.answer(query)
+
+    return answer
 
 
 if __name__ == "__main__":

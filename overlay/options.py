@@ -480,10 +480,10 @@ class Options(CaptureOptions):
         ),
     ] = "0600"
     healthz_ip: Annotated[
-        str, Declaration("health", ADDRESS, "Address that /healthz, /readyz and /metrics are served on.")
+        str, Declaration("health", ADDRESS, "Address that the web page, /healthz, /readyz and /metrics are served on.")
     ] = "127.0.0.1"
     healthz_port: Annotated[
-        int, Declaration("health", PORT, "Port of /healthz, /readyz and /metrics; 0 serves none.")
+        int, Declaration("health", PORT, "Port of the web page, /healthz, /readyz and /metrics; 0 serves none.")
     ] = 0
     readyz_max_age: Annotated[
         int,

@@ -48,8 +48,7 @@ def as_text(document: Document, columns: int | None = None, *, colour: bool = Fa
     if document["schema"] != SCHEMA:
         told = f"The agent's document is of schema {document['schema']}, this command knows {SCHEMA}: restart the agent"
         return "\n".join([*lines, "", layout.folded(f"{told}, or use --json, which prints it as it is.", "")])
-    if told_of := list(_told(document)):
-        lines += ["", *(layout.line(label, text) for label, text in told_of)]
+    lines += ["", *(layout.line(label, text) for label, text in _told(document))]
     if rejected := document["rejected"]:
         lines += ["", f"REJECTED LEASES {document['rejected_count']}"]
         lines += [layout.item(f"{plain(each['key'])}: {plain(each['reason'])}") for each in rejected]

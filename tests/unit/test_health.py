@@ -11,7 +11,8 @@ from contextlib import ExitStack
 import pytest
 
 from overlay import health
-from overlay.health import HealthServer, HealthUnavailable
+from overlay.cluster import wait_until
+from overlay.health import Answer, HealthServer, HealthUnavailable
 
 
 class State:
@@ -103,7 +104,7 @@ def test_a_check_that_raises_is_a_failed_check_without_details(server: HealthSer
 def test_a_request_in_pieces_is_put_together(server: HealthServer) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=5) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        for piece in (b"GET /hea", b"lthz HTTP/1.1\r\nHost: x\r\n", b"\r\n"):
+        for piece in (b"GET /hea", b"lthz HTTP/1.1\r\nHost: localhost\r\n", b"\r\n"):
             client.sendall(piece)
         assert client.recv(4096).startswith(b"HTTP/1.1 200 OK")
 
@@ -229,3 +230,167 @@ def test_after_stop_the_port_is_free_and_the_thread_gone(server: HealthServer) -
     assert "health" not in [thread.name for thread in threading.enumerate()]
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=5)
+
+
+# --- documents ---
+
+
+class Desk:
+    """Makes documents; those at /slow only when it may."""
+
+    def __init__(self) -> None:
+        self.may = threading.Event()
+        self.begun = threading.Semaphore(0)
+        self.queries: list[str] = []
+
+    def quick(self, query: str) -> Answer:
+        self.queries.append(query)
+        return Answer(b"quick", "text/x-quick", "tag-1", ("X-Own: yes",))
+
+    def slow(self, query: str) -> Answer:
+        self.queries.append(query)
+        self.begun.release()
+        assert self.may.wait(20)
+        return Answer(b"x" * 3_000_000)
+
+    def broken(self, query: str) -> Answer:
+        raise RuntimeError("a detail for nobody")
+
+
+@pytest.fixture
+def desk() -> Desk:
+    return Desk()
+
+
+@pytest.fixture
+def office(desk: Desk) -> Iterator[HealthServer]:
+    documents = {"/": desk.quick, "/slow": desk.slow, "/broken": desk.broken}
+    running = HealthServer("127.0.0.1", 0, {"/healthz": lambda: (True, "alive")}, documents=documents)
+    running.start()
+    yield running
+    desk.may.set()
+    running.stop()
+
+
+def page_threads() -> int:
+    return sum(thread.name == "page" for thread in threading.enumerate())
+
+
+def test_a_document_comes_with_its_type_tag_and_headers(office: HealthServer, desk: Desk) -> None:
+    status, body, headers = ask(office, "/?find=1&b")
+    assert (status, body, desk.queries) == (200, "quick", ["find=1&b"])
+    assert (headers["Content-Type"], headers["ETag"], headers["X-Own"]) == ("text/x-quick", '"tag-1"', "yes")
+    assert (headers["Cache-Control"], headers["X-Content-Type-Options"]) == ("no-cache", "nosniff")
+    assert ask(office, "/", "HEAD")[:2] == (200, "")
+    assert ask(office, "/", "POST")[0] == 405
+
+
+@pytest.mark.parametrize(
+    ("known", "status"), [('"tag-1"', 304), ('"other", W/"tag-1"', 304), ('"tag-2"', 200), ("tag-1", 200)]
+)
+def test_what_the_browser_has_is_not_sent_again(office: HealthServer, known: str, status: int) -> None:
+    request = f"GET / HTTP/1.1\r\nHost: localhost\r\nIf-None-Match: {known}\r\n\r\n"
+    answer = raw(office, request.encode())
+    assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+    assert answer.endswith(b"quick") is (status == 200)
+
+
+def test_a_document_that_fails_says_so_without_details_and_is_tried_again(office: HealthServer) -> None:
+    for _ in range(2):
+        assert ask(office, "/broken")[:2] == (500, "the document itself failed: RuntimeError\n")
+    assert ask(office, "/")[0] == 200
+
+
+def test_a_slow_document_delays_no_check_and_is_sent_whole(office: HealthServer, desk: Desk) -> None:
+    with socket.create_connection(("127.0.0.1", office.port), timeout=5) as client:
+        client.sendall(b"GET /slow HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert desk.begun.acquire(timeout=5)
+        assert ask(office, "/healthz")[0] == 200
+        desk.may.set()
+        received = b""
+        while data := client.recv(1 << 16):
+            received += data
+    assert len(received.partition(b"\r\n\r\n")[2]) == 3_000_000
+
+
+def test_nobody_makes_documents_once_all_are_made(office: HealthServer) -> None:
+    assert page_threads() == 0
+    assert ask(office, "/")[0] == 200
+    wait_until(lambda: page_threads() == 0, 5, "the thread's end")
+
+
+def test_documents_of_clients_that_left_are_not_made(
+    office: HealthServer, desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExitStack() as stack:
+        for number in range(health.MAX_CONNECTIONS + 10):
+            client = stack.enter_context(socket.create_connection(("127.0.0.1", office.port), timeout=5))
+            client.sendall(f"GET /slow?{number} HTTP/1.1\r\n\r\n".encode())
+            if not number:
+                assert desk.begun.acquire(timeout=5)
+        # A later one is served at once, so all earlier ones have been read.
+        assert ask(office, "/healthz")[0] == 200
+        assert page_threads() == 1
+    assert ask(office, "/healthz")[0] == 200
+    desk.may.set()
+    wait_until(lambda: page_threads() == 0, 5, "the thread's end")
+    assert len(desk.queries) <= 1 + health.MAX_CONNECTIONS
+
+
+def test_a_server_that_stops_waits_for_no_document(desk: Desk) -> None:
+    office = HealthServer("127.0.0.1", 0, {}, documents={"/slow": desk.slow})
+    office.start()
+    with socket.create_connection(("127.0.0.1", office.port), timeout=5) as client:
+        client.sendall(b"GET /slow HTTP/1.1\r\n\r\n")
+        assert desk.begun.acquire(timeout=5)
+        office.stop()
+        assert client.recv(1) == b""
+    desk.may.set()
+    wait_until(lambda: page_threads() == 0, 5, "the thread's end")
+
+
+def test_where_no_thread_can_be_had_documents_wait_and_checks_do_not(
+    office: HealthServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        assert ask(office, "/")[0] == 503
+        assert ask(office, "/healthz")[0] == 200
+    assert ask(office, "/")[0] == 200
+
+
+@pytest.mark.parametrize("path", ["/..", "//", "/../etc/passwd", "/%2e%2e/x", "/slow/../healthz", "/page/"])
+def test_there_are_no_paths_but_those_named(office: HealthServer, path: str) -> None:
+    assert raw(office, f"GET {path} HTTP/1.1\r\n\r\n".encode()).startswith(b"HTTP/1.1 404 ")
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("localhost", 200),
+        ("LOCALHOST:10256", 200),
+        ("127.0.0.1:10256", 200),
+        ("[::1]:10256", 200),
+        ("10.0.0.21", 200),
+        ("evil.example", 421),
+        ("evil.example:10256", 421),
+        ("localhost.evil.example", 421),
+        ("127.0.0.1.evil.example", 421),
+        ("[evil.example]", 421),
+        ("", 421),
+    ],
+)
+def test_on_loopback_no_other_name_is_answered_to(office: HealthServer, host: str, status: int) -> None:
+    for path in ("/", "/healthz"):
+        answer = raw(office, f"GET {path} HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
+        assert answer.startswith(f"HTTP/1.1 {status} ".encode())
+
+
+def test_beyond_loopback_every_name_is_answered_to() -> None:
+    office = HealthServer("0.0.0.0", 0, {"/healthz": lambda: (True, "alive")})
+    office.start()
+    assert raw(office, b"GET /healthz HTTP/1.1\r\nHost: node-7.example\r\n\r\n").startswith(b"HTTP/1.1 200 ")
+    office.stop()

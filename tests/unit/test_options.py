@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from overlay import metrics, options, reference
-from overlay.options import EtcdOptions, HostOptions, OptionError, Options
+from overlay.options import AskOptions, EtcdOptions, HostOptions, OptionError, Options
 from subnet_lease.model import Prefix, pack_address
 
 ROOT = Path(__file__).parents[2]
@@ -214,6 +214,11 @@ def test_another_command_shares_the_file_and_has_its_own_flags() -> None:
     assert resolved == HostOptions(etcd_prefix="/net", iface=("eth1",), public_ip="10.0.0.1")
     assert arguments.release
     assert options.resolve(EtcdOptions, argparse.Namespace(), {}, toml) == EtcdOptions(etcd_prefix="/net")
+
+
+def test_command_that_asks_the_agent_takes_its_socket_and_nothing_of_etcd() -> None:
+    toml = 'control-socket = "/run/a.sock"\netcd-prefix = "/net"\n'
+    assert options.resolve(AskOptions, argparse.Namespace(), {}, toml) == AskOptions(control_socket="/run/a.sock")
 
 
 # --- the lease's times -------------------------------------------------------------------------------------------
