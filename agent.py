@@ -385,6 +385,8 @@ def _run(
     insight.sources = Sources(
         lambda: (config, underlay), reconciler, watcher, config_watch, checksums, lambda: underlay_watch.missing
     )
+    if options.probes and backend.routes:
+        _start_probes(options, reconciler, vitals, insight, loops)
     while True:
         if loops.pause(notifier.watchdog_interval):
             config_watch.check()
@@ -517,6 +519,28 @@ def _table_cache(
         return Cached(config(), lease, until, Snapshot((), found.revision, found.cluster), now), found.leases
 
     return CacheWriter(Path(options.state_dir) / FILE, mark, collect, log)
+
+
+def _start_probes(
+    options: Options, reconciler: "Reconciler", vitals: "Vitals", insight: "Insight", loops: "Loops"
+) -> None:
+    import structlog
+
+    from overlay.prober import Prober
+
+    prober = Prober(
+        reconciler.some,
+        reconciler.wants,
+        lambda: reconciler.state,
+        structlog.get_logger("probes"),
+        interval=options.probe_interval,
+        number=options.probe_peers,
+        port=options.probe_port,
+        counts=vitals.probes,
+    )
+    vitals.paths = prober.paths
+    insight.prober = prober
+    loops.start("probes", prober.run, prober.stop, prober.pulse)
 
 
 def _presence(

@@ -279,7 +279,7 @@ CAUSES: Mapping[str, Cause] = _causes(
         "peer_down",
         DEGRADED,
         "The pods of one host are not reached.",
-        "the host {peer} does not answer at all",
+        "{peer} does not answer at all",
         "Nobody answers for {underlay} on the link: `ip neigh show {underlay}` says FAILED; others answer.",
         "Look at that host. If it is gone for good, its lease ends by itself, or `etcdctl del` removes it now.",
         frozenset({"underlay_unreachable", "port_blocked", "port_blocked_out", "port_blocked_in", "path_mtu"}),

@@ -17,12 +17,13 @@ from overlay.firewall import IMPOSTORS, STRANGERS, STRAYS
 from overlay.kernel import KernelRefused
 from overlay.model import Key
 from overlay.reconciler import Inspection, Reconciler
-from overlay.status import AgentPart, DataplanePart, EtcdPart, FirewallPart, PathPart
+from overlay.status import AgentPart, DataplanePart, EtcdPart, FirewallPart
 from subnet_lease.model import Lease, NetworkConfig, format_subnets
 from subnet_lease.store import StoreError, kind_of
 
 if TYPE_CHECKING:
-    from overlay.viewer import Journal, Prober
+    from overlay.journal import Journal
+    from overlay.prober import Prober
 
 INSPECTION_S = 3.0
 """Seconds that a question waits for the reconciler: longer than its longest pass."""
@@ -101,9 +102,8 @@ class Insight:
 
     `stalled` gives the loops that seem dead; `device_up` whether an interface is up, None without one; `find_device`
     what the kernel knows of one, KernelRefused included; `counters` are the firewall's. `refresh(seconds)` has a new
-    look taken at what costs processes. `others` give findings of those who know best; `path` what was measured of the
-    peer with a lease key, None where nothing was. `questions` are what the agent's socket answers, by whom. `prober`
-    and `journal` are for the page, None where there is none.
+    look taken at what costs processes. `others` give findings of those who know best; `questions` are what the agent's
+    socket answers, by whom. `prober` and `journal` know paths and events; None where there is none.
     """
 
     about: About
@@ -118,7 +118,6 @@ class Insight:
     config: Finding | None = None
     refresh: Callable[[float], None] = lambda seconds: None
     others: list[Callable[[], Iterable[Finding]]] = field(default_factory=list)
-    path: Callable[[str], PathPart | None] | None = None
     questions: dict[str, Callable[[Mapping[str, Any]], Iterable[str]]] = field(default_factory=dict)
     prober: "Prober | None" = None
     journal: "Journal | None" = None
@@ -136,6 +135,7 @@ class Insight:
             return verdict.Known(about.prefix, about.endpoint, waiting=self._waiting(), stalled=stalled)
         state, (_, underlay) = sources.reconciler.state, sources.here()
         others = [finding for give in self.others for finding in give()]
+        others += self._of_paths(sources)
         failure = sources.watcher.failure or keeper.failure or sources.config_watch.failure
         return verdict.Known(
             about.prefix,
@@ -152,6 +152,20 @@ class Insight:
             underlay=(underlay.name, self.device_up(underlay.name)),
             underlay_gone=sources.underlay_gone(),
             others=[*([self.config] if self.config else []), *others],
+        )
+
+    def _of_paths(self, sources: Sources) -> Iterator[Finding]:
+        if self.prober is None:
+            return iter(())
+        config, underlay = sources.here()
+        devices = sources.reconciler.plan.devices
+        return verdict.of_paths(
+            self.prober.paths.failing(),
+            device=devices[0].name if devices else underlay.name,
+            interface=underlay.name,
+            port=config.backend.port,
+            prefix=self.about.prefix,
+            measured=len(self.prober.paths),
         )
 
     def _waiting(self) -> Finding:
@@ -194,7 +208,9 @@ class Insight:
         return head, seen, amiss
 
     def _standings(self, seen: Inspection) -> list[status.Standing]:
-        return status.standings(seen.peers, seen.wanted, seen.unreachable, seen.gap, routes=seen.routes, path=self.path)
+        now, measured = self.clock(), self.prober.paths.rows() if self.prober else ()
+        paths = {path.target.key: status.path_part(path, now) for path in measured}
+        return status.standings(seen.peers, seen.wanted, seen.unreachable, seen.gap, routes=seen.routes, path=paths.get)
 
     def _rows(self, seen: Inspection | None, peers: Iterable[status.Standing]) -> Iterator[status.PeerPart]:
         now = self.clock()

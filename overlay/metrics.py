@@ -17,6 +17,7 @@ from typing import NamedTuple
 from overlay.drops import CROWDED, SLOW
 from overlay.firewall import COUNTERS
 from overlay.model import BUILD_ORDER, Entry, Refusal
+from overlay.probe import ALL, CAUSES
 from overlay.tracker import Drift
 from subnet_lease.table import REJECTIONS
 
@@ -69,7 +70,20 @@ CHANGES = ("removed", "altered")
 OUTCOMES = ("changed", "unchanged", "failed")
 REQUESTS = ("read", "write", "lease", "login", "watch")
 FAILURES = ("unavailable", "tls", "denied")
-LOOPS = ("reconciler", "watcher", "keeper", "config", "underlay", "checksums", "cache", "surroundings", "journal")
+PROBE_OUTCOMES = ("answered", "partial", "unanswered")
+QUESTION_OUTCOMES = ("answered", "stranger", "malformed", "limited")
+LOOPS = (
+    "reconciler",
+    "watcher",
+    "keeper",
+    "config",
+    "underlay",
+    "checksums",
+    "cache",
+    "surroundings",
+    "journal",
+    "probes",
+)
 
 _SHORT = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 """Seconds: a pass takes half a millisecond for one peer, and some seconds for tens of thousands."""
@@ -216,6 +230,33 @@ DEVICE_COUNTERS = {
     )
 }
 
+# --- paths ---
+
+PROBES = _declare(
+    "probes_total",
+    COUNTER,
+    "Rounds of probes by what came of them: all three questions answered, some, or none.",
+    {"outcome": PROBE_OUTCOMES},
+)
+PROBE_SECONDS = _declare(
+    "probe_rtt_seconds",
+    HISTOGRAM,
+    "Round trip times of probes, from host to host through the overlay.",
+    None,
+    *(0.0001, 0.00025),
+    *_SHORT,
+)
+PATHS = _declare("paths_measured", GAUGE, "Paths to peers whose latest measurement is remembered.")
+PATHS_FAILED = _declare(
+    "paths_failed", GAUGE, "Paths that something is wrong with, by what it is.", {"cause": filter(None, CAUSES)}
+)
+PROBE_QUESTIONS = _declare(
+    "probe_questions_total",
+    COUNTER,
+    "Probes of others: answered, from no known peer, malformed; and the times that there were more than are answered.",
+    {"outcome": QUESTION_OUTCOMES},
+)
+
 FAMILIES: tuple[Family, ...] = tuple(_families)
 
 
@@ -296,6 +337,34 @@ class Requests:
             REQUEST_SECONDS: {(request,): histogram for request, histogram in self.seconds.items()},
             REQUEST_FAILURES: {(reason,): number for reason, number in self.failures.items()},
         }
+
+
+class Probes:
+    """What was asked of peers and what they asked. Written by the probes' thread."""
+
+    def __init__(self) -> None:
+        self.rounds = dict.fromkeys(PROBE_OUTCOMES, 0)
+        self.questions = dict.fromkeys(QUESTION_OUTCOMES, 0)
+        self.seconds = Histogram(PROBE_SECONDS.bounds)
+
+    def round(self, answers: int, rtt: float | None) -> None:
+        """One peer was asked; `answers` as in `probe.Paths.round`, `rtt` in seconds."""
+        self.rounds["answered" if answers == ALL else "partial" if answers else "unanswered"] += 1
+        if rtt is not None:
+            self.seconds.observe(rtt)
+
+    def found(self) -> Found:
+        """The numbers as they are."""
+        return {
+            PROBES: {(outcome,): number for outcome, number in self.rounds.items()},
+            PROBE_SECONDS: {ONE: self.seconds},
+            PROBE_QUESTIONS: {(outcome,): number for outcome, number in self.questions.items()},
+        }
+
+
+def paths_found(measured: int, failed: Mapping[str, int]) -> Found:
+    """Of so many paths, those that have failed by cause."""
+    return {PATHS: {ONE: measured}, PATHS_FAILED: {(cause,): failed.get(cause, 0) for cause in CAUSES if cause}}
 
 
 # --- text ---

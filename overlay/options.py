@@ -203,6 +203,7 @@ ADDRESS = Kind("ADDRESS", _address)
 IPV4 = Kind("ADDRESS", _ipv4)
 IPV6 = Kind("ADDRESS", _ipv6)
 BLOCKS = Kind("CIDR", _block, toml=list, repeatable=True)
+NUMBER = Kind("NUMBER", whole_number(0, 100), toml=int)
 PORT = Kind("PORT", whole_number(0, 65535), toml=int)
 MINUTES = Kind("MINUTES", whole_number(1, 24 * 60 - 1, unit=60), toml=int)
 SECONDS = Kind("SECONDS", whole_number(1, 365 * 86400), toml=int)
@@ -220,7 +221,7 @@ FORMATS = _choice("auto", "console", "json")
 
 # --- the table ---------------------------------------------------------------------------------------------------
 
-GROUPS = ("etcd", "leases", "underlay", "dataplane", "control", "health", "journal", "logging")
+GROUPS = ("etcd", "leases", "underlay", "dataplane", "probes", "control", "health", "journal", "logging")
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,6 +460,37 @@ class Options(CaptureOptions):
             flannel=False,
         ),
     ] = True
+    probes: Annotated[
+        bool,
+        Declaration(
+            "probes",
+            BOOLEAN,
+            "Measure the paths to a few peers at a time through the overlay: round trips, losses, what is in the way.",
+            flannel=False,
+        ),
+    ] = True
+    probe_interval: Annotated[
+        int, Declaration("probes", SECONDS, "Time from one measurement to the next.", flannel=False)
+    ] = 10
+    probe_peers: Annotated[
+        int,
+        Declaration(
+            "probes",
+            NUMBER,
+            "Peers measured each time, beside the two whose subnets are next to this host's.",
+            flannel=False,
+        ),
+    ] = 4
+    probe_port: Annotated[
+        int,
+        Declaration(
+            "probes",
+            PORT,
+            "Port that other hosts' probes are answered on, by UDP and TCP, inside the overlay alone; the same on all "
+            "hosts. 0 answers none.",
+            flannel=False,
+        ),
+    ] = 8473
     nexthop_objects: Annotated[
         bool,
         Declaration(

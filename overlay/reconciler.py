@@ -137,6 +137,16 @@ class Survey:
     look: Callable[[], None]
 
 
+class Some(NamedTuple):
+    """Some of the accepted leases by their keys, with what each calls for on this host, and this host as it is."""
+
+    leases: dict[str, tuple[Lease, tuple[Entry, ...]]]
+    plan: "Plan"
+    here: Here
+    underlay: Underlay
+    port: int
+
+
 Fact = Snapshot | Changes | Lease | NetworkConfig | Underlay | Survey | Stop
 
 
@@ -296,6 +306,14 @@ class Reconciler:
         except queue.Empty:
             return None
 
+    def some(self, choose: Callable[[LeaseTable], Iterable[str]], seconds: float) -> Some | None:
+        """The peers that `choose` names, which runs in the loop and must not take long; None as of `survey`."""
+        return self._asked(lambda: self._some(choose(self._table)), seconds)
+
+    def wants(self, key: Key) -> bool:
+        """Whether any peer calls for an entry under this key."""
+        return self._tracker.wants(key)
+
     @property
     def plan(self) -> Plan:
         """What lease, configuration and underlay call for."""
@@ -420,6 +438,11 @@ class Reconciler:
             routes=self._backend.routes,
             nexthops=self._here.nexthops is not None,
         )
+
+    def _some(self, keys: Iterable[str]) -> Some:
+        found = ((key, self._table.accepted(key)) for key in keys)
+        leases = {key: (lease, self._backend.entries(lease, self._here)) for key, lease in found if lease}
+        return Some(leases, self._plan, self._here, self._underlay, self._config.backend.port)
 
     def _wait_for_lingering(self) -> None:
         if self._table.lingering and self._let_go_at is None:

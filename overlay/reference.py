@@ -24,6 +24,7 @@ _TITLES = {
     "leases": "Leases",
     "underlay": "Underlay",
     "dataplane": "Dataplane",
+    "probes": "Probes",
     "control": "Questions to the agent",
     "health": "Health",
     "journal": "Journal",

@@ -19,6 +19,7 @@ from overlay.causes import Finding
 from overlay.checksums import Finding as ChecksumFinding
 from overlay.device import FoundDevice, Underlay
 from overlay.model import PERMANENT, PROTOCOL, PROTOCOL_BOOT, Entry, Fdb, Key, Neighbour, NextHop, Refusal, Route
+from overlay.probe import Path
 from subnet_lease.model import Lease, NetworkConfig, Prefix, format_address, format_mac
 
 SCHEMA = 1
@@ -177,6 +178,18 @@ class PathPart(TypedDict):
     path_mtu: int | None
     path_verified_ago_s: float | None
     cause: str | None
+
+
+def path_part(path: Path, now: float) -> PathPart:
+    """What was measured of a path, at `now` on its clock."""
+    return {
+        "reachable": path.reachable,
+        "rtt_ms": None if path.rtt_median is None else round(1000 * path.rtt_median, 3),
+        "loss": round(path.loss, 3),
+        "path_mtu": path.mtu or None,
+        "path_verified_ago_s": round(now - path.mtu_when, 1) if path.mtu else None,
+        "cause": path.cause or None,
+    }
 
 
 class PeerPart(TypedDict):

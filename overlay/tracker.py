@@ -208,6 +208,10 @@ class Tracker:
         """How many entries are called for."""
         return len(self._want)
 
+    def wants(self, key: Key) -> bool:
+        """Whether anybody calls for an entry under this key. From any thread."""
+        return key in self._want
+
     @property
     def gap(self) -> int:
         """How many entries are not as they should be."""

@@ -9,7 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from overlay.causes import DOWN, Finding
+from overlay.device import OVERHEAD
 from overlay.model import PROTOCOL, Entry, Key, Put, Refusal, Route
+from overlay.probe import Path
 from subnet_lease.model import Lease, LeaseInvalid, format_address, format_subnets, parse_subnet_key
 from subnet_lease.table import Reason
 
@@ -167,3 +169,49 @@ def of_refusals(
         rest = count - len(refused) + len(others) - MOST_SHOWN
         more = [f"and {rest} more"] if rest > 0 else []
         yield Finding("entries_refused", evidence=(*others[:MOST_SHOWN], *more))
+
+
+# --- paths -------------------------------------------------------------------------------------------------------
+
+_OF_THE_HOST = frozenset({"device_missing", "device_down"})
+"""Causes that are not one path's, even if a path is where they were seen."""
+
+
+def of_paths(
+    paths: Iterable[Path], *, device: str, interface: str, port: int, prefix: str, measured: int
+) -> Iterator[Finding]:
+    """Why measured paths fail, of which there are `measured`. Many that fail alike are one finding about the host.
+
+    `device` is the tunnels', `interface` carries the overlay.
+    """
+    alike: dict[str, list[Path]] = {}
+    for path in paths:
+        if path.cause:
+            alike.setdefault(path.cause, []).append(path)
+    for cause, failed in alike.items():
+        values = {"device": device, "interface": interface, "port": str(port), "prefix": prefix}
+        values["command"] = "nft list ruleset"
+        if cause in _OF_THE_HOST:
+            yield Finding(cause, "", failed[0].evidence, values)
+        elif len(failed) > MOST_SHOWN:
+            shown = (f"{format_subnets(path.target.subnets)}: {path.evidence[0]}" for path in failed[:MOST_SHOWN])
+            lines = (f"of {measured} paths measured {len(failed)} fail so", *shown)
+            yield Finding(cause, "", lines, {**values, **_of_path(failed[0]), "peer": f"{len(failed)} hosts"})
+        else:
+            for path in failed:
+                told = {**values, **_of_path(path)}
+                # What is wrong with checksums is wrong with a device, which others may have found as well.
+                subject = device if cause == "checksum_offload" else told["peer"]
+                yield Finding(cause, subject, path.evidence, told)
+
+
+def _of_path(path: Path) -> dict[str, str]:
+    target = path.target
+    overhead = 0 if target.direct else OVERHEAD[len(target.underlay)]
+    return {
+        "peer": format_subnets(target.subnets),
+        "underlay": format_address(target.underlay),
+        "mtu": str(path.mtu or target.mtu),
+        # What ping -s takes leaves out its own header and that of IP.
+        "payload": str(target.mtu + overhead - 28),
+    }

@@ -5,14 +5,18 @@ viewer it costs nothing. Called in the health endpoint's thread for documents.
 """
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from overlay import picture, status
 from overlay.health import Answer
 from overlay.insight import Insight
-from overlay.picture import Event, Facts, Path, Paths, Report
+from overlay.picture import Facts, Path, Paths, Report
 from subnet_lease.model import Lease
+
+if TYPE_CHECKING:
+    from overlay import probe
+    from overlay.prober import Prober
 
 INSPECTION_S = 2.0
 """Seconds that the reconciler is waited for: a client of the health endpoint has three."""
@@ -24,99 +28,6 @@ MOST_TELLERS = 128
 """Peers whose words are looked through for paths to one host, the latest first."""
 
 JSON = "application/json"
-
-
-class Target(Protocol):
-    """Of what is asked of the prober: the lease that a path leads to."""
-
-    @property
-    def key(self) -> str: ...
-
-
-class Measured(Protocol):
-    """A path that this host measured; times in seconds, `when` on the steady clock, `mtu` 0 if nothing passed."""
-
-    @property
-    def target(self) -> Target: ...
-    @property
-    def reachable(self) -> bool: ...
-    @property
-    def rtt_median(self) -> float | None: ...
-    @property
-    def loss(self) -> float: ...
-    @property
-    def mtu(self) -> int: ...
-    @property
-    def cause(self) -> str: ...
-    @property
-    def when(self) -> float: ...
-
-
-class Told(Protocol):
-    """A path that a peer told of, between packed addresses of the overlay; `loss` in percent, `age` in seconds."""
-
-    @property
-    def source(self) -> bytes: ...
-    @property
-    def target(self) -> bytes: ...
-    @property
-    def rtt(self) -> float | None: ...
-    @property
-    def loss(self) -> int: ...
-    @property
-    def mtu(self) -> int: ...
-    @property
-    def age(self) -> int: ...
-    @property
-    def cause(self) -> str: ...
-
-
-class Health(Protocol):
-    """How a peer fares by its own words."""
-
-    @property
-    def ready(self) -> bool: ...
-    @property
-    def missing(self) -> int: ...
-
-
-class Teller(Protocol):
-    """A peer that has told something, by its packed address in the overlay."""
-
-    @property
-    def address(self) -> bytes: ...
-    @property
-    def health(self) -> Health: ...
-    @property
-    def when(self) -> float: ...
-
-
-class PathTable(Protocol):
-    """The paths that this host has measured."""
-
-    def rows(self) -> Iterable[Measured]: ...
-
-
-class Heard(Protocol):
-    """Who has told what: peers with the latest last, and the paths that those with these addresses told of."""
-
-    def peers(self) -> Sequence[Teller]: ...
-    def rows(self, now: float, addresses: Collection[bytes]) -> Iterable[Told]: ...
-
-
-class Prober(Protocol):
-    """What is asked of who measures paths."""
-
-    @property
-    def paths(self) -> PathTable: ...
-    @property
-    def heard(self) -> Heard: ...
-
-
-class Journal(Protocol):
-    """What is asked of the journal: the latest events, the newest last."""
-
-    def latest(self, limit: int) -> Sequence[Event]: ...
 
 
 class Viewer:
@@ -178,7 +89,7 @@ def _place(peer: tuple[str, Lease]) -> Any:
     return peer[1].subnet or peer[1].subnet6
 
 
-def _path(found: Measured, now: float) -> Path:
+def _path(found: "probe.Path", now: float) -> Path:
     rtt = None if found.rtt_median is None else 1000 * found.rtt_median
     return Path(found.reachable, rtt, found.loss, found.mtu or None, found.cause, now - found.when)
 
@@ -187,7 +98,7 @@ class _Words:
     """What peers told, by the keys of their leases: they speak of addresses in the overlay, the first of each subnet,
     or with host-gw of those on the underlay."""
 
-    def __init__(self, prober: Prober, own: Lease | None, peers: Mapping[str, Lease], now: float) -> None:
+    def __init__(self, prober: "Prober", own: Lease | None, peers: Mapping[str, Lease], now: float) -> None:
         self._heard = prober.heard
         self._now = now
         leases = {**peers, own.key: own} if own is not None else peers
@@ -221,6 +132,6 @@ class _Words:
         }
 
 
-def _told(row: Told) -> Path:
+def _told(row: "probe.Row") -> Path:
     rtt = None if row.rtt is None else 1000 * row.rtt
     return Path(row.rtt is not None, rtt, row.loss / 100, row.mtu or None, row.cause, float(row.age))

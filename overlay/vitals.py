@@ -14,6 +14,7 @@ from overlay import causes, metrics
 from overlay.causes import Finding
 from overlay.drops import CROWDED, SLOW
 from overlay.metrics import ONE, Found, Requests, Value
+from overlay.probe import Paths
 from overlay.process import DeviceCounts, Usage
 from overlay.reconciler import Plan, State
 
@@ -66,6 +67,8 @@ class Vitals:
         self.passes = metrics.Passes()
         self.findings: Callable[[], Sequence[Finding]] = tuple
         """What is wrong with the host."""
+        self.probes = metrics.Probes()
+        self.paths: Paths | None = None
         self.lease: LeaseState | None = None
         self.table: TableState | None = None
         self.state: Callable[[], State] | None = None
@@ -119,7 +122,7 @@ class Vitals:
     def metrics(self) -> tuple[bool, str]:
         """The page for Prometheus."""
         found = self._of_the_agent() | self._of_the_store() | self._of_the_dataplane() | self._of_packets()
-        return True, metrics.render(found | self._requests.found())
+        return True, metrics.render(found | self._of_paths() | self._requests.found())
 
     def _age(self) -> float:
         """Seconds for which the table of peers may have been out of date."""
@@ -169,6 +172,11 @@ class Vitals:
             metrics.UNDERLAY_CHANGES: {ONE: self.underlay_changes},
             **self.passes.found(),
         }
+
+    def _of_paths(self) -> Found:
+        if self.paths is None:
+            return {}
+        return metrics.paths_found(len(self.paths), self.paths.causes()) | self.probes.found()
 
     def _of_packets(self) -> Found:
         names = tuple(spec.name for spec in self._plan.devices) if self._plan else ()

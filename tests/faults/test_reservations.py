@@ -279,7 +279,7 @@ def test_host_that_takes_the_subnet_meanwhile_gets_it_as_its_reservation(store: 
 def rewrite(store: EtcdStore, number: int) -> None:
     """What its host does that has something new to say."""
     record = records(store)[KEY]
-    value = encode_attrs(own_attrs(None)._replace(mtu=1000 + number, extra={}))
+    value = encode_attrs(own_attrs(None)._replace(mtu=1000 + number, node_name="", extra={}))
     assert store.replace(KEY, value, record.etcd_lease, record.mod_revision)
 
 

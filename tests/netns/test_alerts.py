@@ -47,6 +47,7 @@ def healthy() -> Series:
         found[metrics.PREFIX + f'drift_total{{kind="{kind}",change="removed"}}'] = steady(3)
     for counter, each_minute in (("strangers", 0), ("impostors", 0), ("strays", 0), ("masqueraded", 100_000)):
         found[metrics.PREFIX + f'firewall_packets_total{{counter="{counter}"}}'] = rising(each_minute)
+    found[metrics.PREFIX + 'paths_failed{cause="peer_down"}'] = steady(0)
     for way in ("receive", "transmit"):
         for what in ("errors", "drops"):
             found[metrics.PREFIX + f'device_{way}_{what}_total{{device="flannel.1"}}'] = rising(1)
@@ -146,6 +147,10 @@ CASES: dict[str, tuple[Series, Series]] = {
     "OverlayAgentTunnelErrors": (
         of('device_transmit_errors_total{device="flannel.1"}', rising(600)),
         of('device_transmit_errors_total{device="flannel.1"}', rising(20)),
+    ),
+    "OverlayAgentPathsFailed": (
+        of('paths_failed{cause="peer_down"}', steady(1)),
+        of('paths_failed{cause="peer_down"}', f"0x{MINUTES - 4} 1x3"),
     ),
 }
 """Alert -> (samples of one host for which it fires, and alone; samples of what is short, small or over again)."""

@@ -2,10 +2,13 @@
 
 import contextlib
 import re
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
+
+from overlay.cluster import Lab
+from tests.conftest import MakeLab
 
 # Its assertions show their values, as those in tests do. Before its first import.
 pytest.register_assert_rewrite("tests.packet.wire", "tests.packet.checks")
@@ -25,6 +28,25 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
     report = yield
     item.stash[_failed] = item.stash.get(_failed, False) or report.failed
     return report
+
+
+def _quiet(make: MakeLab) -> MakeLab:
+    def quiet(*, agent_options: Sequence[str] = (), **options: object) -> Lab:
+        return make(agent_options=("--probes=false", *agent_options), **options)
+
+    return quiet
+
+
+@pytest.fixture
+def make_lab(make_lab: MakeLab) -> MakeLab:
+    """As everywhere, but nothing is on the wire that nobody has sent."""
+    return _quiet(make_lab)
+
+
+@pytest.fixture(scope="module")
+def make_module_lab(make_module_lab: MakeLab) -> MakeLab:
+    """As `make_lab`; the labs last as long as the module's tests."""
+    return _quiet(make_module_lab)
 
 
 @pytest.fixture

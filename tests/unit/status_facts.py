@@ -8,6 +8,7 @@ from overlay import status as view
 from overlay.checksums import Finding, Verdict
 from overlay.device import FoundDevice, Underlay
 from overlay.model import Entry, Fdb, Guard, Key, Neighbour, NextHop, Route
+from overlay.probe import Path, Target
 from subnet_lease.model import Lease, LeaseAttrs, NetworkConfig, Prefix, Vtep
 
 CONFIG = NetworkConfig.parse(b'{"Network":"10.0.0.0/8","Backend":{"Type":"vxlan"}}')
@@ -81,3 +82,13 @@ def document(peers: list[view.Standing] | None = None, most: int | None = None, 
     rows = view.peer_rows(view.chosen(peers, most), lambda revision: None)
     found: view.Document = json.loads("".join(view.pieces(view.head(facts), rows)))
     return found
+
+
+def path_to(number: int, cause: str, *, direct: bool = False, mtu: int = 0) -> Path:
+    """What was measured of the way to the host of 10.0.`number`.0/24."""
+    subnet = Prefix.parse(f"10.0.{number}.0/24")
+    target = Target(
+        f"10.0.{number}.0-24", (subnet,), bytes(4), subnet.base, bytes((172, 16, 0, number)), 3, direct, 1450
+    )
+    seen = (f"{number} is silent",)
+    return Path(target, not cause, 0.001, 0.002, 0.25, mtu, None, 5.0, 0, cause, seen if cause else (), 1.0, 9.0)

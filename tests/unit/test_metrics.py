@@ -34,6 +34,7 @@ from overlay.metrics import (
     render,
 )
 from overlay.model import Fdb, Put, Refusal, Route
+from overlay.probe import CAUSES
 from overlay.tracker import Drift
 from subnet_lease.model import Prefix
 
@@ -72,7 +73,7 @@ def test_no_label_is_a_peers() -> None:
     labels = {label for family in FAMILIES for label, _ in family.labels}
     assert labels == {
         "version", "python", "loop", "request", "reason", "outcome", "operation", "kind", "change", "errno", "counter",
-        "device",
+        "device", "cause",
     }  # fmt: skip
 
 
@@ -160,6 +161,18 @@ def test_requests_are_counted_by_kind_and_failures_by_reason() -> None:
 
 
 # --- text ---
+
+
+def test_probes_are_counted_by_what_was_answered_and_paths_by_what_is_wrong() -> None:
+    probes = metrics.Probes()
+    for answers, rtt in ((7, 0.0002), (3, 0.2), (0, None)):
+        probes.round(answers, rtt)
+    found = probes.found() | metrics.paths_found(4, {"peer_down": 2})
+    assert found[metrics.PROBES] == {("answered",): 1, ("partial",): 1, ("unanswered",): 1}
+    assert sum(probes.seconds.counts) == 2
+    assert found[metrics.PROBE_QUESTIONS] == {(outcome,): 0 for outcome in metrics.QUESTION_OUTCOMES}
+    assert found[metrics.PATHS] == {ONE: 4}
+    assert found[metrics.PATHS_FAILED] == {(cause,): 2 * (cause == "peer_down") for cause in CAUSES if cause}
 
 
 def test_page_has_help_and_type_before_the_samples_in_the_order_of_the_declarations() -> None:

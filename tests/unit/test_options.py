@@ -103,6 +103,10 @@ VALUES: dict[str, st.SearchStrategy[tuple[list[str], Any]]] = {
     ),
     "source_guard": st.sampled_from(["on", "log", "off"]).map(lambda text: ([text], text)),
     "nexthop_objects": st.booleans().map(lambda value: (["true" if value else "false"], value)),
+    "probes": st.booleans().map(lambda value: (["true" if value else "false"], value)),
+    "probe_interval": st.integers(1, 3600).map(lambda number: ([str(number)], number)),
+    "probe_peers": st.integers(0, 100).map(lambda number: ([str(number)], number)),
+    "probe_port": st.integers(0, 65535).map(lambda number: ([str(number)], number)),
     "subnet_file": words.map(lambda text: (["/run/" + text], "/run/" + text)),
     "subnet_lease_ttl": st.integers(7201, 86400).map(lambda number: ([str(number)], number)),
     "subnet_lease_renew_margin": st.integers(1, 120).map(lambda number: ([str(number)], number * 60.0)),
@@ -118,7 +122,10 @@ VALUES: dict[str, st.SearchStrategy[tuple[list[str], Any]]] = {
 
 
 LISTS = {"etcd_endpoints", "iface", "iface_regex", "no_masquerade_cidr"}
-BARE = {"subnet_lease_ttl", "subnet_lease_renew_margin", "ip_masq", "healthz_port", "nexthop_objects"}
+BARE = {
+    "subnet_lease_ttl", "subnet_lease_renew_margin", "ip_masq", "healthz_port", "nexthop_objects",
+    "probes", "probe_interval", "probe_peers", "probe_port",
+}  # fmt: skip
 
 
 def toml_of(name: str, texts: list[str]) -> str:

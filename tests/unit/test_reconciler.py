@@ -43,7 +43,7 @@ from subnet_lease.model import (
     pack_address,
 )
 from subnet_lease.store import Changes, Deleted, Record, Snapshot
-from subnet_lease.table import REJECTIONS
+from subnet_lease.table import REJECTIONS, LeaseTable
 from tests.fake_dataplane import FakeKernel
 
 T = TypeVar("T")
@@ -913,6 +913,24 @@ def test_inspection_tells_when_a_lease_changed_since_the_start(agent: Agent) -> 
     when = timeline.when(400)
     assert when is not None and before < when < agent.state.beat
     assert timeline.when(lease(1).mod_revision) is None
+
+
+def test_some_peers_are_told_with_what_they_call_for_and_no_others(agent: Agent) -> None:
+    keys = (lease(1).key, lease(3).key, "10.0.99.0-24")
+
+    def choose(table: LeaseTable) -> tuple[str, ...]:
+        assert table.places == 3
+        return keys
+
+    some = agent.asked(partial(agent.reconciler.some, choose))
+    assert {key: each.subnet for key, (each, _) in some.leases.items()} == {
+        key: lease(number).subnet for key, number in zip(keys, (1, 3), strict=False)
+    }
+    entries = {entry for _, each in some.leases.values() for entry in each}
+    assert entries < set(agent.kernel.entries())
+    assert all(agent.reconciler.wants(entry[0]) for entry in entries)
+    assert not agent.reconciler.wants((1, b"nobody"))
+    assert (some.here.tunnels, some.port) == (agent.kernel.tunnels, CONFIG.backend.port)
 
 
 def test_rejected_leases_are_told_with_their_reasons_and_not_twice(agent: Agent) -> None:

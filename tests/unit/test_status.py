@@ -14,7 +14,19 @@ from overlay.checksums import Finding as ChecksumFinding
 from overlay.checksums import Verdict
 from overlay.model import Entry, Fdb, Guard, Key, Neighbour, Put, Refusal, Route
 from subnet_lease.model import Lease, Prefix, Vtep
-from tests.unit.status_facts import CONFIG, DEVICE, FACTS, HOST_GW, LOCAL, document, entries, lease, mac, standings
+from tests.unit.status_facts import (
+    CONFIG,
+    DEVICE,
+    FACTS,
+    HOST_GW,
+    LOCAL,
+    document,
+    entries,
+    lease,
+    mac,
+    path_to,
+    standings,
+)
 
 SILENCE = Finding("agent_not_running", "", ("nobody listens",))
 
@@ -112,6 +124,16 @@ def test_peers_come_worst_first_and_then_by_subnet() -> None:
     assert [peer.lease.create_revision for peer in view.chosen(found, 1)] == [4, 3, 8, 2]
     assert [peer.lease.create_revision for peer in view.chosen(found, 0)] == [4, 3, 8]
     assert len(list(view.chosen(found, None))) == 6
+
+
+def test_what_was_measured_of_a_path_is_told_in_the_units_of_the_document() -> None:
+    assert view.path_part(path_to(2, "path_mtu", mtu=1370), 8.0) == {
+        "reachable": False, "rtt_ms": 2.0, "loss": 0.25, "path_mtu": 1370, "path_verified_ago_s": 3.0, "cause": "path_mtu",
+    }  # fmt: skip
+    fine = view.path_part(path_to(2, "")._replace(rtt_median=None), 8.0)
+    assert fine == {
+        "reachable": True, "rtt_ms": None, "loss": 0.25, "path_mtu": None, "path_verified_ago_s": None, "cause": None,
+    }  # fmt: skip
 
 
 def test_lease_without_entries_is_incomplete_unless_there_is_nothing_to_program() -> None:

@@ -854,3 +854,14 @@ def test_reasons_do_not_depend_on_the_order_in_which_leases_are_told() -> None:
     forwards, backwards = table(*records), table(*reversed(records))
     assert forwards.rejected == backwards.rejected
     assert accepted(forwards) == accepted(backwards) == {"10.0.5.0-24"}
+
+
+def test_leases_can_be_had_by_number() -> None:
+    made = table(*(record(f"10.0.{number}.0-24", number, number) for number in (1, 2, 3, 4)))
+    keys = [f"10.0.{number}.0-24" for number in (1, 2, 3, 4)]
+    assert made.places == 4
+    assert made.at(range(4)) == keys
+    assert made.at((3, 0)) == [keys[0], keys[3]]
+    assert made.at((2, 9)) == [keys[2]], "some are gone by the time that they are asked for"
+    assert made.at(()) == []
+    assert made.host is HOST

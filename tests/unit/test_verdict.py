@@ -8,10 +8,11 @@ import pytest
 from overlay import causes, verdict
 from overlay.causes import CAUSES, Finding
 from overlay.model import PROTOCOL_BOOT, Drop, Entry, Key, Put, Refusal, Route
+from overlay.probe import Path
 from overlay.verdict import Known, of_host, of_refusals, of_rejection, of_unreachable, starting
 from subnet_lease.model import Prefix
 from subnet_lease.table import CLASHES, Reason
-from tests.unit.status_facts import entries, lease
+from tests.unit.status_facts import entries, lease, path_to
 
 DEVICES = {"flannel.1": True}
 HEALTHY = Known("/net", "http://e:2379", left=86400.0, margin=3600.0, devices=DEVICES, underlay=("eth0", True))
@@ -125,3 +126,35 @@ def test_refusals_are_cut_and_counted() -> None:
     (finding,) = of_refusals(some, 100, {}, lambda key: "")
     assert len(finding.evidence) == verdict.MOST_SHOWN + 1
     assert finding.evidence[0].endswith(": 9999") and finding.evidence[-1] == "and 96 more"
+
+
+# --- paths -------------------------------------------------------------------------------------------------------
+
+
+def judged(*paths: Path) -> list[Finding]:
+    asked = {"device": "flannel.1", "interface": "eth0", "port": 8472, "prefix": "/net"}
+    return list(verdict.of_paths(paths, **asked, measured=9))  # type: ignore[arg-type]
+
+
+def test_few_paths_that_fail_are_told_one_by_one() -> None:
+    (found,) = judged(path_to(1, ""), path_to(2, "path_mtu", mtu=1370))
+    assert (found.cause, found.subject, found.evidence) == ("path_mtu", "10.0.2.0/24", ("2 is silent",))
+    told = causes.what(found) + causes.remedy(found)
+    assert "10.0.2.0/24" in told and "172.16.0.2" in told and "1370" in told and "/net/config" in told
+    # 1450 bytes in the tunnel are 1500 outside of it: what ping -s 1472 sends.
+    assert found.values["payload"] == "1472"
+    assert judged(path_to(2, "path_mtu", direct=True))[0].values["payload"] == "1422"
+
+
+def test_many_paths_that_fail_alike_are_one_finding_about_the_host() -> None:
+    (found,) = judged(*(path_to(number, "underlay_unreachable") for number in range(1, 8)))
+    assert found.subject == "" and "7 hosts" in causes.what(found)
+    assert found.evidence[:2] == ("of 9 paths measured 7 fail so", "10.0.1.0/24: 1 is silent")
+    assert len(found.evidence) == 1 + verdict.MOST_SHOWN
+
+
+def test_what_is_a_devices_fault_is_not_told_for_each_path() -> None:
+    down = judged(path_to(1, "device_down"), path_to(2, "device_down"))
+    assert [(each.cause, each.subject, each.values["device"]) for each in down] == [("device_down", "", "flannel.1")]
+    spoiled = causes.roots(judged(path_to(1, "checksum_offload"), path_to(2, "checksum_offload")))
+    assert [(each.cause, each.subject) for each in spoiled] == [("checksum_offload", "flannel.1")]

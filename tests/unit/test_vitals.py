@@ -6,6 +6,7 @@ import pytest
 
 from overlay import metrics
 from overlay.causes import Finding
+from overlay.probe import Paths
 from overlay.process import Usage
 from overlay.reconciler import Plan, State
 from overlay.verdict import starting
@@ -148,6 +149,7 @@ def test_table_from_disk_is_as_old_as_the_file_until_the_store_says_something(wo
 
 def test_every_metric_has_a_value_but_those_of_what_never_happened(world: World) -> None:
     vitals = world.complete()
+    vitals.paths = Paths()
     vitals.planned(Plan((Prefix.parse("10.0.1.0/24"),), (), "eth0", 1450))
     found = world.samples()
     names = {name.partition("{")[0] for name in found}
