@@ -128,7 +128,8 @@ def test_peers_come_worst_first_and_then_by_subnet() -> None:
 
 def test_what_was_measured_of_a_path_is_told_in_the_units_of_the_document() -> None:
     assert view.path_part(path_to(2, "path_mtu", mtu=1370), 8.0) == {
-        "reachable": False, "rtt_ms": 2.0, "loss": 0.25, "path_mtu": 1370, "path_verified_ago_s": 3.0, "cause": "path_mtu",
+        "reachable": False, "rtt_ms": 2.0, "loss": 0.25, "path_mtu": 1370, "path_verified_ago_s": 3.0,
+        "cause": "path_mtu",
     }  # fmt: skip
     fine = view.path_part(path_to(2, "")._replace(rtt_median=None), 8.0)
     assert fine == {
