@@ -105,6 +105,10 @@ COMMANDS = {
         "list what happened, from this host's journal",
         "List joins, leaves, drift, repairs and conflicts that this host's agent has seen, the newest last.",
     ),
+    "doctor": (
+        "find what is wrong with this host's overlay, and what mends it",
+        "Carry out all checks, and name each fault with what shows it and the command that mends it. Changes nothing.",
+    ),
     "lab": (
         "a cluster in network namespaces on this machine",
         "A cluster of hosts, agents and pods in network namespaces on this machine, to try things out.",

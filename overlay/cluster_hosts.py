@@ -118,14 +118,10 @@ class Host(Place):
         """None if no agent runs."""
         return self.lab.process(self.name)
 
-    def start_agent(self, *options: str) -> None:
-        """Start the agent; it is ready later: see `wait_ready`."""
-        self.close()
-        self._notify_path.unlink(missing_ok=True)
-        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
-        self._notify.bind(str(self._notify_path))
-        argv = [
-            *self.lab.agent_command,
+    @property
+    def agent_options(self) -> list[str]:
+        """What the agent is started with; commands that ask no agent need them too."""
+        return [
             # Not the machine's own configuration.
             *("--config", os.devnull),
             *("--etcd-endpoints", self.lab.etcd_endpoint(min(self.underlay_ips))),
@@ -136,8 +132,15 @@ class Host(Place):
             *("--node-name", self.name),
             *("--healthz-port", "0"),
             *self.lab.agent_options,
-            *options,
         ]
+
+    def start_agent(self, *options: str) -> None:
+        """Start the agent; it is ready later: see `wait_ready`."""
+        self.close()
+        self._notify_path.unlink(missing_ok=True)
+        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._notify.bind(str(self._notify_path))
+        argv = [*self.lab.agent_command, *self.agent_options, *options]
         self.lab.start(self.name, self.inside(*argv), {"NOTIFY_SOCKET": str(self._notify_path)})
 
     def wait_ready(self, seconds: float = 30) -> None:

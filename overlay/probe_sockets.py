@@ -252,7 +252,8 @@ class Wire:
 
     def _connected(self, sock: socket.socket, asked: _Asked) -> None:
         code = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-        if code in (0, errno.ECONNREFUSED):
+        # A peer that takes the connection resets it, perhaps before this is read.
+        if code in (0, errno.ECONNREFUSED, errno.ECONNRESET):
             self._round.answered(asked, time.monotonic() - asked.sent)
         self._forget(sock.fileno())
         self._round.connecting.pop(sock.fileno(), None)

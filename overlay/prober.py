@@ -115,6 +115,14 @@ class Prober:
         finally:
             wire.close()
 
+    def once(self) -> None:
+        """Measure once, for a command that has no loop, and answer nobody. Takes a round trip, or some seconds where
+        something fails.
+        """
+        with closing(Wire(self._knows, self._reply, self._told, self.counts.questions)) as wire:
+            self._wire = wire
+            self._measure(wire)
+
     def stop(self) -> None:
         """End `run`, at once unless it is waiting for the reconciler."""
         self._stopped = True
@@ -252,7 +260,8 @@ class Prober:
                     tcp=tcp or bool(answers[target] & probe.TCP),
                     finished=finished,
                     spoiled=spoiled > 0,
-                    heard=heard,
+                    # Without a responder nobody hears what comes out of the tunnel.
+                    heard=heard or (not self._port and watch is not None and target.underlay in came),
                     says_fine=fine,
                     complains=self.heard.complains(target.address, target.source, now - COMPLAINT_S),
                     left=None if went is None or target.direct else target.underlay in went,

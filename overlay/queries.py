@@ -10,6 +10,7 @@ import errno
 import os
 import socket
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -101,13 +102,17 @@ class Queries:
 
     def refusals(self, dst: bytes) -> list[Way]:
         """The routes to a block that holds `dst` which refuse or lose packets, the longest first."""
-        found = []
-        body = _RTMSG.pack(rtnl.FAMILY[len(dst)], 0, 0, 0, 0, 0, 0, 0, 0)
-        for answer in self._ask(rtnl.GETROUTE, rtnl.DUMP, body)[1]:
-            way = _way(answer.body)
-            if way.kind in (6, 7, 8) and way.entry is not None and way.entry.holds(dst):
-                found.append(way)
+        found = [
+            way
+            for way in self.routes(len(dst))
+            if way.kind in (6, 7, 8) and way.entry is not None and way.entry.holds(dst)
+        ]
         return sorted(found, key=lambda way: -way.entry.length if way.entry else 0)
+
+    def routes(self, family: int) -> Iterator[Way]:
+        """All routes of a family (the length of an address), of all tables; those on nexthop objects have no device."""
+        body = _RTMSG.pack(rtnl.FAMILY[family], 0, 0, 0, 0, 0, 0, 0, 0)
+        return (_way(answer.body) for answer in self._ask(rtnl.GETROUTE, rtnl.DUMP, body)[1])
 
     def rules(self, family: int) -> list[PolicyRule]:
         """The policy rules of a family (the length of an address): priority and table of each."""

@@ -4,16 +4,18 @@ Owns the checks of the files, noticing that they were replaced, and the diagnosi
 more than that there is no connection, so the handshake is tried once more with Python's own `ssl`, which knows why.
 """
 
+import contextlib
 import os
 import socket
 import ssl
 import time
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from subnet_lease.store import StoreConfigInvalid, StoreUnavailable
+from subnet_lease.store import StoreConfigInvalid, StoreUnavailable, TlsFailed
 
 HANDSHAKE_S = 2.0
 """Seconds a trial handshake may take."""
@@ -39,9 +41,9 @@ class TlsFiles:
 
     def check(self) -> None:
         """StoreConfigInvalid names the file that cannot be used."""
-        self._context()
+        self.context()
 
-    def _context(self) -> ssl.SSLContext:
+    def context(self) -> ssl.SSLContext:
         """A client's context with these files; StoreConfigInvalid names the one that cannot be used."""
         if self.cafile is None:
             raise StoreConfigInvalid("cafile", "missing; https endpoints need the CA that signed etcd's certificate")
@@ -89,16 +91,27 @@ class TlsFiles:
             self.check()
             return {option: Path(path).read_bytes() for option, path in self._given()}
         except StoreConfigInvalid as error:
-            raise StoreUnavailable(str(error)) from None
+            raise TlsFailed(str(error)) from None
         except OSError:
             raise StoreUnavailable("the TLS files are being changed") from None
+
+    def ends(self) -> list[tuple[str, float]]:
+        """When the certificates in the files end, the first of each: path, and seconds since 1970. Unreadable ones are
+        left out.
+        """
+        found = []
+        for path in (self.cafile, self.certfile):
+            if path is not None:
+                with contextlib.suppress(OSError, ValueError):
+                    found.append((path, _end_of(path)))
+        return found
 
     def trouble(self, endpoint: str) -> str | None:
         """Why no TLS connection to `endpoint` comes about, as a clause; None if TLS is not in the way."""
         url = urlsplit(endpoint)
         host, port = url.hostname or "", url.port or 0
         try:
-            context = self._context()
+            context = self.context()
             # grpc verifies against the host of the endpoint, be it a name or an address; so does this.
             with (
                 socket.create_connection((host, port), HANDSHAKE_S) as plain,
@@ -122,6 +135,44 @@ class TlsFiles:
         if _answers_in_plain(host, port):
             return f"{endpoint} does not speak TLS; an endpoint without it begins with http://"
         return broken
+
+
+class Meeting(NamedTuple):
+    """What a server showed of itself: the clock in its answer, when its certificate ends; None where it has none.
+
+    Both in seconds since 1970; `asked` and `answered` are this host's clock around the answer.
+    """
+
+    asked: float
+    answered: float
+    date: float | None
+    certificate_ends: float | None
+
+
+def meet(endpoint: str, files: TlsFiles | None) -> Meeting | None:
+    """Ask for `/version`, as etcd answers it to everybody; None if nobody answers so. Takes 2 s at most, or 4."""
+    url = urlsplit(endpoint)
+    host, port = url.hostname or "", url.port or 0
+    asked = time.time()
+    ends: float | None = None
+    try:
+        with contextlib.ExitStack() as stack:
+            connection = stack.enter_context(socket.create_connection((host, port), HANDSHAKE_S))
+            if files is not None:
+                secured = files.context().wrap_socket(connection, server_hostname=host)
+                connection = stack.enter_context(secured)
+                if certificate := secured.getpeercert():
+                    ends = ssl.cert_time_to_seconds(str(certificate["notAfter"]))
+            connection.sendall(f"GET /version HTTP/1.0\r\nHost: {host}\r\n\r\n".encode())
+            answer = connection.recv(4096)
+    except (OSError, StoreConfigInvalid):
+        return None
+    date = next((line[5:].strip() for line in answer.split(b"\r\n") if line[:5].lower() == b"date:"), b"")
+    try:
+        told: float | None = parsedate_to_datetime(date.decode("ascii")).timestamp()
+    except ValueError:
+        told = None
+    return Meeting(asked, time.time(), told, ends)
 
 
 def _end_of(path: str) -> float:

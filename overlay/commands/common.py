@@ -55,9 +55,11 @@ def options_of(kind: type[Chosen], arguments: argparse.Namespace) -> Chosen:
 
 
 def open_store(
-    options: EtcdOptions, observe: Callable[[str, float, str], None] = lambda request, seconds, failure: None
+    options: EtcdOptions,
+    observe: Callable[[str, float, str], None] = lambda request, seconds, failure: None,
+    timeout: float = 5.0,
 ) -> "EtcdStore":
-    """The store of these options; `observe` as in `EtcdStore`."""
+    """The store of these options; `observe` and `timeout` as in `EtcdStore`."""
     # grpc writes to stderr as it likes, a line for each handshake that fails; what matters of that is said by us.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     from subnet_lease.etcd import EtcdStore
@@ -74,6 +76,7 @@ def open_store(
             keyfile=options.etcd_keyfile,
             username=options.etcd_username,
             password=password_of(options),
+            timeout=timeout,
             observe=observe,
         )
     except StoreConfigInvalid as error:

@@ -297,8 +297,8 @@ class PublicKeys:
         """A certificate for `etcd`, at this address, or for `agent`."""
         make_certificate(self._authority, name, f"IP:{address}")
 
-    def expire(self, name: str) -> None:
-        """Let the certificate be one that has run out."""
+    def expire(self, name: str, end: str = "20200201000000Z") -> None:
+        """Let the certificate be one that ends then: by default one that has run out."""
         directory = self._directory
         settings = f"database = {directory}/index\nnew_certs_dir = {directory}\nrand_serial = yes"
         (directory / "ca.cnf").write_text(
@@ -307,7 +307,7 @@ class PublicKeys:
         )
         (directory / "index").write_text("")
         openssl("ca", "-batch", "-notext", "-config", str(directory / "ca.cnf"))(
-            *("-startdate", "20200101000000Z", "-enddate", "20200201000000Z"),
+            *("-startdate", "20200101000000Z", "-enddate", end),
             *("-cert", str(self._authority), "-keyfile", str(self._authority.with_suffix(".key"))),
             *("-extfile", str(directory / f"{name}.ext"), "-in", str(directory / f"{name}.csr")),
             *("-out", str(directory / f"{name}.pem")),

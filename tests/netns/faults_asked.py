@@ -1,0 +1,79 @@
+"""Asks `doctor`, `status` and /readyz about a fault of the table, and counts what they name."""
+
+import json
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+
+from overlay.causes import CAUSES
+from tests.netns.faults_seen import AGENT, PATH, Fault, Scene
+
+Named = dict[str, list[str]]
+"""Causes with their evidence."""
+
+
+class Tally(Counter[str]):
+    """How many causes were named rightly, wrongly, or missed, over all faults and tools."""
+
+    def count(self, expected: frozenset[str], named: frozenset[str]) -> None:
+        self["right"] += len(expected & named)
+        self["wrong"] += len(named - expected)
+        self["missed"] += len(expected - named)
+
+    @property
+    def precision(self) -> float:
+        return self["right"] / max(1, self["right"] + self["wrong"])
+
+    @property
+    def recall(self) -> float:
+        return self["right"] / max(1, self["right"] + self["missed"])
+
+
+def check(fault: Fault, scene: Scene, tally: Tally) -> None:
+    """Set the fault up, ask all three, and undo it: each names the causes of the table and no other."""
+    try:
+        with fault.arrange(scene) as options, ThreadPoolExecutor(2) as pool:
+            doctor = pool.submit(doctor_names, scene, options)
+            status = pool.submit(status_names, scene)
+            code, text = scene.readyz()
+            unready = [name for name in CAUSES if name in text.replace(":", " ").split()]
+            assert code == (0 if fault.readyz is None else 503 if fault.readyz else 200), text
+            said = {"doctor": doctor.result(), "status": status.result(), "/readyz": {each: [text] for each in unready}}
+            measured = fault.kind == PATH and any("reachable" in peer for peer in scene.asked()["peers"])
+        expected = {"doctor": fault.doctor, "status": fault.status, "/readyz": fault.readyz or frozenset()}
+        if fault.kind == PATH and not measured:
+            # Status is told of no measurements; what doctor measures by itself does not tell one direction from both.
+            expected = {
+                "doctor": frozenset(map(undirected, fault.doctor)),
+                "status": frozenset(),
+                "/readyz": frozenset(),
+            }
+            said["doctor"] = {undirected(name): lines for name, lines in said["doctor"].items()}
+        for tool, named in said.items():
+            tally.count(expected[tool], frozenset(named))
+        assert {tool: frozenset(named) for tool, named in said.items()} == expected, said
+    finally:
+        scene.settle()
+
+
+def undirected(cause: str) -> str:
+    return "port_blocked" if cause.startswith("port_blocked") else cause
+
+
+def doctor_names(scene: Scene, options: tuple[str, ...]) -> Named:
+    """The causes that doctor names, with their evidence."""
+    if options[:1] == ("setpriv",):
+        document = json.loads(scene.here.run(*options, *AGENT, "doctor", "--json").stdout)
+    elif options[:1] == ("clock",):
+        # The time of this one process is off by so many seconds.
+        begin = f"import time, agent; true = time.time; time.time = lambda: true() + {options[1]}"
+        code = f"{begin}; raise SystemExit(agent.main(['doctor', '--json']))"
+        document = json.loads(scene.here.run(sys.executable, "-P", "-c", code).stdout)
+    else:
+        document = scene.doctor(*options)
+    return {finding["cause"]: finding["evidence"] for finding in document["findings"]}
+
+
+def status_names(scene: Scene) -> Named:
+    """The causes that status names, with their evidence."""
+    return {problem["cause"]: problem["evidence"] for problem in scene.status()["problems"]}
