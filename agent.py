@@ -64,6 +64,9 @@ if TYPE_CHECKING:
 PATIENCE_S = 30.0
 """How long is waited for the reconciler's answer: a first pass may take seconds."""
 
+M_ARENA_MAX = -8
+"""Of mallopt(3), from malloc.h."""
+
 COMMANDS = {
     "run": (
         "run the agent of this host",
@@ -175,6 +178,8 @@ def run(options: Options) -> int:
 
     # What a start makes stays for good: until it is complete there is no garbage to be found. See `_announcement`.
     gc.disable()
+    # Else each thread takes memory from a pool of its own, and keeps there what it once needed.
+    _call_libc("mallopt", M_ARENA_MAX, 1)
     logs.configure(options.log_level, options.log_format, os.environ)
     problems = preflight.problems(options.subnet_file, nft=options.ip_masq)
     if problems:
@@ -625,7 +630,7 @@ def _announcement(
             "ready", subnet=format_subnets(plan.subnets), devices=devices, mtu=plan.mtu, subnet_file=options.subnet_file
         )
         # What a start needed and nothing needs any more goes back to the kernel, before systemd counts it.
-        _trim_memory()
+        _call_libc("malloc_trim", 0)
         notifier.ready(f"{format_subnets(plan.subnets)} on {' and '.join(devices) or plan.underlay}")
         gc.freeze()
         gc.enable()
@@ -635,13 +640,13 @@ def _announcement(
     return announce
 
 
-def _trim_memory() -> None:
-    """Have the C library return its free pages (malloc_trim(3)); other C libraries than glibc have no such thing."""
+def _call_libc(function: str, *arguments: int) -> None:
+    """Call a function that glibc has and other C libraries may not: malloc_trim(3), mallopt(3)."""
     import ctypes
 
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    found = getattr(ctypes.CDLL(None), function, None)
+    if found is not None:
+        found(*arguments)
 
 
 def _firewall_counters() -> dict[str, int]:

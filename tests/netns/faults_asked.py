@@ -6,7 +6,7 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from overlay.causes import CAUSES
-from tests.netns.faults_seen import AGENT, PATH, Fault, Scene
+from tests.netns.faults_seen import AGENT, Fault, Scene
 
 Named = dict[str, list[str]]
 """Causes with their evidence."""
@@ -39,25 +39,12 @@ def check(fault: Fault, scene: Scene, tally: Tally) -> None:
             unready = [name for name in CAUSES if name in text.replace(":", " ").split()]
             assert code == (0 if fault.readyz is None else 503 if fault.readyz else 200), text
             said = {"doctor": doctor.result(), "status": status.result(), "/readyz": {each: [text] for each in unready}}
-            measured = fault.kind == PATH and any("reachable" in peer for peer in scene.asked()["peers"])
         expected = {"doctor": fault.doctor, "status": fault.status, "/readyz": fault.readyz or frozenset()}
-        if fault.kind == PATH and not measured:
-            # Status is told of no measurements; what doctor measures by itself does not tell one direction from both.
-            expected = {
-                "doctor": frozenset(map(undirected, fault.doctor)),
-                "status": frozenset(),
-                "/readyz": frozenset(),
-            }
-            said["doctor"] = {undirected(name): lines for name, lines in said["doctor"].items()}
         for tool, named in said.items():
             tally.count(expected[tool], frozenset(named))
         assert {tool: frozenset(named) for tool, named in said.items()} == expected, said
     finally:
         scene.settle()
-
-
-def undirected(cause: str) -> str:
-    return "port_blocked" if cause.startswith("port_blocked") else cause
 
 
 def doctor_names(scene: Scene, options: tuple[str, ...]) -> Named:
