@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from overlay.firewall import FORWARD_CHAIN, NAME, SETS
-from overlay.rtnl import ACK, CREATE, DUMP, HEADER, REQUEST, Message
+from overlay.rtnl import ACK, CREATE, DUMP, HEADER, REQUEST, Message, attribute
 
 GROUP = 7
 """NFNLGRP_NFTABLES: every change of the rule set in this network namespace."""
@@ -114,7 +114,7 @@ def dump_elements(name: str, sequence: int) -> bytes:
 
 def dump_counters(sequence: int) -> bytes:
     """A dump of the counters of our table; empty if there is none."""
-    body = _name(_TABLE, NAME) + _attr(_OBJECT_TYPE, _U32.pack(_OBJECT_COUNTER))
+    body = _name(_TABLE, NAME) + attribute(_OBJECT_TYPE, _U32.pack(_OBJECT_COUNTER))
     return _message(_GETOBJ, REQUEST | DUMP, sequence, _INET, body)
 
 
@@ -150,12 +150,8 @@ def _message(kind: int, flags: int, sequence: int, family: int, body: bytes) -> 
     return HEADER.pack(20 + len(body), _NFTABLES << 8 | kind, flags, sequence, 0) + _GENMSG.pack(family, 0, 0) + body
 
 
-def _attr(kind: int, value: bytes) -> bytes:
-    return _ATTR.pack(4 + len(value), kind) + value + b"\0" * (-len(value) & 3)
-
-
 def _name(kind: int, name: str) -> bytes:
-    return _attr(kind, name.encode() + b"\0")
+    return attribute(kind, name.encode() + b"\0")
 
 
 # --- reading -----------------------------------------------------------------------------------------------------

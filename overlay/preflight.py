@@ -12,6 +12,8 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from overlay.rtnl import attribute
+
 CAPABILITIES = {"CAP_NET_ADMIN": 12, "CAP_NET_RAW": 13}
 """Numbers from linux/capability.h. The first for devices, routes and nftables, the second for probe packets."""
 
@@ -140,17 +142,13 @@ def _read(path: str) -> str:
         return ""
 
 
-def _attribute(number: int, value: bytes) -> bytes:
-    return struct.pack("=HH", 4 + len(value), number) + value + bytes(-len(value) % 4)
-
-
 def _request_impossible_link(kind: str) -> int:
     """errno of the kernel's refusal (linux/rtnetlink.h, linux/if_link.h)."""
     rtm_newlink, request_ack_create_excl = 16, 0x1 | 0x4 | 0x400 | 0x200
     ifla_linkinfo, ifla_info_kind, ifla_info_data, ifla_vxlan_id, nested = 18, 1, 2, 1, 0x8000
-    data = _attribute(ifla_vxlan_id, struct.pack("=I", 1 << 24))
-    info = _attribute(ifla_info_kind, kind.encode() + b"\0") + _attribute(ifla_info_data | nested, data)
-    body = bytes(16) + _attribute(ifla_linkinfo | nested, info)
+    data = attribute(ifla_vxlan_id, struct.pack("=I", 1 << 24))
+    info = attribute(ifla_info_kind, kind.encode() + b"\0") + attribute(ifla_info_data | nested, data)
+    body = bytes(16) + attribute(ifla_linkinfo | nested, info)
     header = struct.pack("=IHHII", 16 + len(body), rtm_newlink, request_ack_create_excl, 1, 0)
     try:
         with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE) as channel:

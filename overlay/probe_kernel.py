@@ -20,7 +20,6 @@ SECONDS = 2.0
 
 _RTMSG = struct.Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, protocol, scope, type, flags
 _NDMSG = struct.Struct("=BBHiHBB")  # family, pad, pad, ifindex, state, flags, type
-_ATTR = struct.Struct("=HH")
 _U32 = struct.Struct("=I")
 _IFINFO = struct.Struct("=BxHiII")  # family, type, index, flags, change
 _GETLINK, _UP = 18, 0x1  # RTM_GETLINK, IFF_UP
@@ -131,17 +130,17 @@ class Kernel:
         found = self.neighbour(hop, way.device)
         if not way.errno and found.state & _BELIEVED and found.mac:
             head = _NDMSG.pack(rtnl.FAMILY[len(hop)], 0, 0, way.device, _PROBE, found.flags, 0)
-            body = head + _attribute(rtnl.NDA_DST, hop) + _attribute(rtnl.NDA_LLADDR, found.mac)
+            body = head + rtnl.attribute(rtnl.NDA_DST, hop) + rtnl.attribute(rtnl.NDA_LLADDR, found.mac)
             self._ask(rtnl.NEWNEIGH, body, rtnl.REPLACE | rtnl.ACK)
 
     def way(self, target: bytes, source: bytes = b"") -> Way:
         """How the kernel would send to `target`."""
         head = _RTMSG.pack(rtnl.FAMILY[len(target)], 8 * len(target), 8 * len(source), 0, 0, 0, 0, 0, 0)
-        body = head + _attribute(rtnl.RTA_DST, target) + (_attribute(_RTA_SRC, source) if source else b"")
+        body = head + rtnl.attribute(rtnl.RTA_DST, target) + (rtnl.attribute(_RTA_SRC, source) if source else b"")
         answer = self._ask(rtnl.GETROUTE, body)
         if isinstance(answer, int):
             return Way(errno=answer)
-        found = _attributes(answer, _RTMSG.size)
+        found = rtnl.attributes(answer, _RTMSG.size)
         if _RTMSG.unpack_from(answer)[7] != _UNICAST:
             return Way(errno=errno.ENETUNREACH)
         gateway = found.get(rtnl.RTA_GATEWAY, b"")
@@ -150,16 +149,16 @@ class Kernel:
     def matched(self, target: bytes) -> int:
         """The length of the block of the route that the kernel goes by; -1 if it has none, or cannot tell."""
         head = _RTMSG.pack(rtnl.FAMILY[len(target)], 8 * len(target), 0, 0, 0, 0, 0, 0, _FIB_MATCH)
-        answer = self._ask(rtnl.GETROUTE, head + _attribute(rtnl.RTA_DST, target))
+        answer = self._ask(rtnl.GETROUTE, head + rtnl.attribute(rtnl.RTA_DST, target))
         return -1 if isinstance(answer, int) else int(_RTMSG.unpack_from(answer)[1])
 
     def neighbour(self, address: bytes, device: int) -> Link:
         """A neighbour entry; empty without one."""
         head = _NDMSG.pack(rtnl.FAMILY[len(address)], 0, 0, device, 0, 0, 0)
-        answer = self._ask(rtnl.GETNEIGH, head + _attribute(rtnl.NDA_DST, address))
+        answer = self._ask(rtnl.GETNEIGH, head + rtnl.attribute(rtnl.NDA_DST, address))
         if isinstance(answer, int):
             return Link()
-        found = _attributes(answer, _NDMSG.size)
+        found = rtnl.attributes(answer, _NDMSG.size)
         ticks = _U32.unpack_from(found.get(rtnl.NDA_CACHEINFO, bytes(16)))[0]
         _, _, _, _, state, flags, _ = _NDMSG.unpack_from(answer)
         return Link(found.get(rtnl.NDA_LLADDR, b""), state, flags, ticks / _TICKS_PER_SECOND)
@@ -167,8 +166,8 @@ class Kernel:
     def remote(self, mac: bytes, device: int) -> bytes:
         """The underlay address that a VXLAN device sends frames for `mac` to; empty without one."""
         head = _NDMSG.pack(rtnl.AF_BRIDGE, 0, 0, device, 0, rtnl.NTF_SELF, 0)
-        answer = self._ask(rtnl.GETNEIGH, head + _attribute(rtnl.NDA_LLADDR, mac))
-        return b"" if isinstance(answer, int) else _attributes(answer, _NDMSG.size).get(rtnl.NDA_DST, b"")
+        answer = self._ask(rtnl.GETNEIGH, head + rtnl.attribute(rtnl.NDA_LLADDR, mac))
+        return b"" if isinstance(answer, int) else rtnl.attributes(answer, _NDMSG.size).get(rtnl.NDA_DST, b"")
 
     def _ask(self, kind: int, body: bytes, flags: int = 0) -> bytes | int:
         """The body of the answer, or an errno."""
@@ -182,18 +181,3 @@ class Kernel:
                 if message.kind == rtnl.NLMSG_ERROR:
                     return rtnl.error_of(buffer, message) or errno.EBADMSG
                 return buffer[message.body : message.end]
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return _ATTR.pack(4 + len(value), kind) + value + b"\0" * (-len(value) & 3)
-
-
-def _attributes(buffer: bytes, at: int) -> dict[int, bytes]:
-    found = {}
-    while at + _ATTR.size <= len(buffer):
-        length, kind = _ATTR.unpack_from(buffer, at)
-        if length < _ATTR.size:
-            break
-        found[kind & 0x3FFF] = buffer[at + _ATTR.size : at + length]
-        at += (length + 3) & ~3
-    return found

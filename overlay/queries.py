@@ -27,7 +27,6 @@ _RTMSG = struct.Struct("=BBBBBBBBI")  # family, dst_len, src_len, tos, table, pr
 _NDMSG = struct.Struct("=BBHiHBB")  # family, pad, pad, ifindex, state, flags, type
 _IFINFO = struct.Struct("=BxHiII")  # family, type, index, flags, change
 _IFADDR = struct.Struct("=BBBBI")  # family, prefix length, flags, scope, index
-_ATTR = struct.Struct("=HH")
 _U32 = struct.Struct("=I")
 
 _LOOKUP_TABLE, _FIB_MATCH = 0x1000, 0x2000  # RTM_F_*
@@ -70,15 +69,15 @@ class Queries:
 
     def way(self, dst: bytes, *, src: bytes = b"", into: int = 0, protocol: str = "", port: int = 0) -> Way:
         """The way of a packet to `dst`: of this host's own, or of one from `src` that comes in by `into`."""
-        body = _attribute(rtnl.RTA_DST, dst)
+        body = rtnl.attribute(rtnl.RTA_DST, dst)
         if src:
-            body += _attribute(_RTA_SRC, src)
+            body += rtnl.attribute(_RTA_SRC, src)
         if into:
-            body += _attribute(_RTA_IIF, _U32.pack(into))
+            body += rtnl.attribute(_RTA_IIF, _U32.pack(into))
         if protocol:
-            body += _attribute(_RTA_IP_PROTO, bytes((_PROTOCOLS[len(dst)][protocol],)))
+            body += rtnl.attribute(_RTA_IP_PROTO, bytes((_PROTOCOLS[len(dst)][protocol],)))
             if protocol != "icmp" and port:
-                body += _attribute(_RTA_DPORT, port.to_bytes(2, "big"))
+                body += rtnl.attribute(_RTA_DPORT, port.to_bytes(2, "big"))
         code, answers = self._ask(rtnl.GETROUTE, 0, self._route_head(dst, src, 0) + body)
         if code or not answers:
             return Way(errno=code or errno.ESRCH)
@@ -119,7 +118,7 @@ class Queries:
         found = []
         body = _RTMSG.pack(rtnl.FAMILY[family], 0, 0, 0, 0, 0, 0, 0, 0)
         for answer in self._ask(_GETRULE, rtnl.DUMP, body)[1]:
-            attributes = _attributes(answer.body, _RTMSG.size)
+            attributes = rtnl.attributes(answer.body, _RTMSG.size)
             table = _number(attributes.get(_FRA_TABLE)) or answer.body[4]
             found.append(PolicyRule(_number(attributes.get(_FRA_PRIORITY)), table))
         return found
@@ -129,24 +128,24 @@ class Queries:
     def neighbour(self, address: bytes, device: int) -> Hop | None:
         """The neighbour entry, None if there is none."""
         head = _NDMSG.pack(rtnl.FAMILY[len(address)], 0, 0, device, 0, 0, 0)
-        code, answers = self._ask(rtnl.GETNEIGH, 0, head + _attribute(rtnl.NDA_DST, address))
+        code, answers = self._ask(rtnl.GETNEIGH, 0, head + rtnl.attribute(rtnl.NDA_DST, address))
         if code or not answers:
             return None
         _, _, _, _, state, _, _ = _NDMSG.unpack_from(answers[0].body)
-        return Hop(_attributes(answers[0].body, _NDMSG.size).get(rtnl.NDA_LLADDR, b""), state)
+        return Hop(rtnl.attributes(answers[0].body, _NDMSG.size).get(rtnl.NDA_LLADDR, b""), state)
 
     def remote(self, mac: bytes, device: int) -> bytes | None:
         """The packed underlay address that the VXLAN `device` sends frames for `mac` to; None without an entry."""
         head = _NDMSG.pack(rtnl.AF_BRIDGE, 0, 0, device, 0, rtnl.NTF_SELF, 0)
-        code, answers = self._ask(rtnl.GETNEIGH, 0, head + _attribute(rtnl.NDA_LLADDR, mac))
+        code, answers = self._ask(rtnl.GETNEIGH, 0, head + rtnl.attribute(rtnl.NDA_LLADDR, mac))
         if code or not answers:
             return None
-        return _attributes(answers[0].body, _NDMSG.size).get(rtnl.NDA_DST, b"")
+        return rtnl.attributes(answers[0].body, _NDMSG.size).get(rtnl.NDA_DST, b"")
 
     def bridge_port(self, mac: bytes, bridge: int) -> int | None:
         """The interface behind which the bridge knows `mac`, None if it does not."""
         head = _NDMSG.pack(rtnl.AF_BRIDGE, 0, 0, 0, 0, 0, 0)
-        body = _attribute(rtnl.NDA_LLADDR, mac) + _attribute(_NDA_MASTER, _U32.pack(bridge))
+        body = rtnl.attribute(rtnl.NDA_LLADDR, mac) + rtnl.attribute(_NDA_MASTER, _U32.pack(bridge))
         code, answers = self._ask(rtnl.GETNEIGH, 0, head + body)
         return None if code or not answers else int(_NDMSG.unpack_from(answers[0].body)[3])
 
@@ -177,7 +176,7 @@ class Queries:
     def _addresses(self) -> dict[bytes, int]:
         found: dict[bytes, int] = {}
         for answer in self._ask(_GETADDR, rtnl.DUMP, _IFADDR.pack(0, 0, 0, 0, 0))[1]:
-            attributes = _attributes(answer.body, _IFADDR.size)
+            attributes = rtnl.attributes(answer.body, _IFADDR.size)
             address = attributes.get(_IFA_LOCAL) or attributes.get(_IFA_ADDRESS, b"")
             found[address] = _IFADDR.unpack_from(answer.body)[4]
         return found
@@ -202,9 +201,9 @@ class Queries:
 
 def _way(body: bytes) -> Way:
     family, length, _, _, table, protocol, _, kind, _ = _RTMSG.unpack_from(body)
-    attributes = _attributes(body, _RTMSG.size)
+    attributes = rtnl.attributes(body, _RTMSG.size)
     size = 4 if family == socket.AF_INET else 16
-    metrics = _attributes(attributes.get(rtnl.RTA_METRICS, b""), 0)
+    metrics = rtnl.attributes(attributes.get(rtnl.RTA_METRICS, b""), 0)
     # RTA_VIA: an address of another family, after its number.
     gateway = attributes.get(rtnl.RTA_GATEWAY) or attributes.get(_RTA_VIA, b"")[2:]
     return Way(
@@ -220,10 +219,10 @@ def _way(body: bytes) -> Way:
 
 def _link(body: bytes) -> Link:
     _, _, index, flags, _ = _IFINFO.unpack_from(body)
-    attributes = _attributes(body, _IFINFO.size)
-    info = _attributes(attributes.get(_IFLA_LINKINFO, b""), 0)
+    attributes = rtnl.attributes(body, _IFINFO.size)
+    info = rtnl.attributes(attributes.get(_IFLA_LINKINFO, b""), 0)
     kind = info.get(_INFO_KIND, b"").rstrip(b"\0").decode()
-    data = _attributes(info.get(_INFO_DATA, b""), 0) if kind == "vxlan" else {}
+    data = rtnl.attributes(info.get(_INFO_DATA, b""), 0) if kind == "vxlan" else {}
     return Link(
         number=index,
         name=os.fsdecode(attributes.get(_IFLA_IFNAME, b"").rstrip(b"\0")),
@@ -238,21 +237,6 @@ def _link(body: bytes) -> Link:
         port=int.from_bytes(data.get(_VXLAN_PORT, b""), "big"),
         local=data.get(_VXLAN_LOCAL) or data.get(_VXLAN_LOCAL6, b""),
     )
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return _ATTR.pack(4 + len(value), kind) + value + b"\0" * (-len(value) & 3)
-
-
-def _attributes(buffer: bytes, at: int) -> dict[int, bytes]:
-    found = {}
-    while at + _ATTR.size <= len(buffer):
-        length, kind = _ATTR.unpack_from(buffer, at)
-        if length < _ATTR.size or at + length > len(buffer):
-            break
-        found[kind & 0x3FFF] = buffer[at + _ATTR.size : at + length]
-        at += (length + 3) & ~3
-    return found
 
 
 def _number(value: bytes | None) -> int:

@@ -190,11 +190,11 @@ def drop(entry: Entry, sequence: int, *, ack: bool = True) -> bytes:
         case Fdb():
             device, mac = entry.at
             # Without NDA_DST the whole entry goes; with a wrong one the kernel reports success and does nothing.
-            body = _NDMSG.pack(AF_BRIDGE, 0, 0, device, entry.state, NTF_SELF, 0) + _attr(NDA_LLADDR, mac)
+            body = _NDMSG.pack(AF_BRIDGE, 0, 0, device, entry.state, NTF_SELF, 0) + attribute(NDA_LLADDR, mac)
             return _message(DELNEIGH, flags, sequence, body)
         case Neighbour():
             device, address = entry.at
-            body = _NDMSG.pack(FAMILY[len(address)], 0, 0, device, entry.state, 0, 0) + _attr(NDA_DST, address)
+            body = _NDMSG.pack(FAMILY[len(address)], 0, 0, device, entry.state, 0, 0) + attribute(NDA_DST, address)
             return _message(DELNEIGH, flags, sequence, body)
         case NextHop():
             body = _NHMSG.pack(0, 0, 0, 0, 0) + _number(NHA_ID, entry.id)
@@ -205,7 +205,7 @@ def drop(entry: Entry, sequence: int, *, ack: bool = True) -> bytes:
             body = _RTMSG.pack(FAMILY[len(base)], length, 0, 0, RT_TABLE_MAIN, entry.protocol, RT_SCOPE_NOWHERE, 0, 0)
             # Where IPv4 sorts by metric, so that ours, of none, is the first that fits, IPv6 must be told it.
             metric = _number(RTA_PRIORITY, IP6_RT_PRIO_USER) if len(base) == 16 else b""
-            return _message(DELROUTE, flags, sequence, body + _attr(RTA_DST, base) + metric)
+            return _message(DELROUTE, flags, sequence, body + attribute(RTA_DST, base) + metric)
         case Guard():
             raise ValueError("the guard is no matter of routing")
 
@@ -234,7 +234,7 @@ def cover(entry: Entry, sequence: int) -> tuple[bytes, bytes]:
     body = _RTMSG.pack(
         FAMILY[len(base)], length, 0, 0, RT_TABLE_MAIN, PROTOCOL_BOOT, RT_SCOPE_UNIVERSE, RTN_BLACKHOLE, 0
     )
-    body += _attr(RTA_DST, base) + _number(RTA_PRIORITY, _LAST)
+    body += attribute(RTA_DST, base) + _number(RTA_PRIORITY, _LAST)
     return _message(NEWROUTE, REQUEST | CREATE, sequence, body), _message(DELROUTE, REQUEST, sequence, body)
 
 
@@ -284,7 +284,8 @@ def _message(kind: int, flags: int, sequence: int, body: bytes) -> bytes:
     return HEADER.pack(16 + len(body), kind, flags, sequence, 0) + body
 
 
-def _attr(kind: int, value: bytes) -> bytes:
+def attribute(kind: int, value: bytes) -> bytes:
+    """One attribute of a message, padded (linux/netlink.h, struct nlattr)."""
     return _ATTR.pack(4 + len(value), kind) + value + b"\0" * (-len(value) & 3)
 
 
@@ -344,7 +345,7 @@ def _neighbour(buffer: bytes, message: Message, tunnels: Collection[int]) -> Fdb
     family, _, _, index, state, flags, _ = _NDMSG.unpack_from(buffer, message.body)
     if index not in tunnels:
         return None
-    attrs = _attrs(buffer, message.body + _NDMSG.size, message.end)
+    attrs = attributes(buffer, message.body + _NDMSG.size, message.end)
     address, mac = attrs.get(NDA_DST, b""), attrs.get(NDA_LLADDR, b"")
     if family != AF_BRIDGE:
         return Neighbour((index, address), mac, state) if FAMILY.get(len(address)) == family else None
@@ -371,7 +372,7 @@ def _route(buffer: bytes, message: Message) -> Route | None:
     family, length, source, tos, table, protocol, _, kind, flags = _RTMSG.unpack_from(buffer, message.body)
     if family not in _NO_ADDRESS or table != RT_TABLE_MAIN or source or tos or flags & RTM_F_CLONED:
         return None
-    attrs = _attrs(buffer, message.body + _RTMSG.size, message.end)
+    attrs = attributes(buffer, message.body + _RTMSG.size, message.end)
     if _as_number(attrs.get(RTA_PRIORITY)) != (IP6_RT_PRIO_USER if family == AF_INET6 else 0):
         return None
     destination = Prefix(attrs.get(RTA_DST, _NO_ADDRESS[family]), length)
@@ -390,7 +391,7 @@ def _route(buffer: bytes, message: Message) -> Route | None:
 
 def _mtu_of(metrics: bytes) -> int | None:
     """The MTU if it is the only metric, 0 if there is none, None if there are others."""
-    found = _attrs(metrics, 0, len(metrics))
+    found = attributes(metrics, 0, len(metrics))
     mtu = _as_number(found.pop(RTAX_MTU, None))
     return None if found else mtu
 
@@ -404,15 +405,16 @@ def _nexthop(buffer: bytes, message: Message) -> NextHop | None:
     if size < _NHMSG.size:
         return None
     _, _, protocol, _, _ = _NHMSG.unpack_from(buffer, message.body)
-    attrs = _attrs(buffer, message.body + _NHMSG.size, message.end)
+    attrs = attributes(buffer, message.body + _NHMSG.size, message.end)
     if NHA_ID not in attrs:
         return None
     gateway = attrs.get(NHA_GATEWAY, b"")
     return NextHop(_as_number(attrs[NHA_ID]), gateway, _as_number(attrs.get(NHA_OIF)), protocol)
 
 
-def _attrs(buffer: bytes, at: int, end: int) -> dict[int, bytes]:
-    found = {}
+def attributes(buffer: bytes, at: int = 0, end: int | None = None) -> dict[int, bytes]:
+    """Those that stand from `at` to `end`, by kind; what follows one that is cut off is left out."""
+    found, end = {}, len(buffer) if end is None else end
     while at + 4 <= end:
         length, kind = _ATTR.unpack_from(buffer, at)
         if length < 4 or at + length > end:

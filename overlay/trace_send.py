@@ -312,12 +312,12 @@ def _refusal(buffer: bytes) -> Refused | None:
         if message.kind != _TRACE:
             continue
         family = buffer[message.body]
-        found = _attributes(buffer[message.body + _GENMSG : message.end])
+        found = rtnl.attributes(buffer[message.body + _GENMSG : message.end])
         kind = int.from_bytes(found.get(_T_TYPE, b""), "big")
         if kind == _POLICY:
             verdict = found.get(_T_POLICY)
         elif kind == _RULE:
-            verdict = _attributes(found.get(_T_VERDICT, b"")).get(1)
+            verdict = rtnl.attributes(found.get(_T_VERDICT, b"")).get(1)
         else:
             continue
         if verdict is not None and int.from_bytes(verdict, "big") == _DROP:
@@ -325,15 +325,3 @@ def _refusal(buffer: bytes) -> Refused | None:
             handle = int.from_bytes(found.get(_T_HANDLE, b""), "big") if kind == _RULE else 0
             return Refused(_FAMILIES.get(family, str(family)), table, chain, handle)
     return None
-
-
-def _attributes(data: bytes) -> dict[int, bytes]:
-    found = {}
-    at = 0
-    while at + 4 <= len(data):
-        length, kind = struct.unpack_from("=HH", data, at)
-        if length < 4 or at + length > len(data):
-            break
-        found[kind & 0x3FFF] = data[at + 4 : at + length]
-        at += (length + 3) & ~3
-    return found
