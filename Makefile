@@ -28,8 +28,9 @@ help:
 demo: root system .venv/run.stamp ## a cluster of three hosts on this machine, shown and taken down again; needs root
 	@$(BIN)/overlay-agent lab demo
 
+# Tests of clusters wait for their agents more than they compute: half as many more at once as there are cores.
 test: root system lint types unit ## all checks and tests; needs root
-	$(BIN)/python -m pytest -n auto --dist loadfile tests/netns tests/packet tests/faults
+	$(BIN)/python -m pytest -n $$(($$(nproc) * 3 / 2)) --dist loadfile tests/netns tests/packet tests/faults
 
 unit: .venv/dev.stamp ## tests without root or network, with the branch coverage of the pure code
 	$(BIN)/python -m pytest -n auto --dist loadfile --cov --cov-report= tests/unit

@@ -3,22 +3,22 @@
 A client sends one line, a JSON object with `version` and `question`, and gets one line, a JSON object with `version`
 and either `answer` or `error`; then the connection ends. Who may ask is told by the mode of the socket's file.
 
-One thread serves all connections without waiting on any, and no answer is in memory as a whole. Each connection has a
-few seconds and a few kilobytes to ask with; beyond a fixed number the oldest makes room.
+One thread serves all connections without waiting on any (`serving`), and no answer is in memory as a whole. Each
+connection has a few seconds and a few kilobytes to ask with; beyond a fixed number the oldest makes room.
 """
 
 import contextlib
 import errno
 import json
 import os
-import selectors
 import socket
 import struct
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from overlay.serving import DONE, READING, WRITING, Limits, Serving
 
 VERSION = 1
 """Of the protocol. A question of another version is refused."""
@@ -62,9 +62,7 @@ class ControlServer:
         self._path = path
         self._mode = mode
         self._handlers = handlers
-        self._identity: tuple[int, int] | None = None
-        self._waker: socket.socket | None = None
-        self._thread: threading.Thread | None = None
+        self._running = contextlib.ExitStack()
 
     def start(self) -> None:
         """Listen, and serve from a daemon thread. ControlUnavailable if the path cannot be had, or is another's."""
@@ -79,12 +77,19 @@ class ControlServer:
         except (OSError, ValueError) as error:
             listener.close()
             raise ControlUnavailable(f"cannot listen on {self._path}: {_cause(error)}") from None
-        self._identity = found.st_dev, found.st_ino
-        listener.setblocking(False)
-        self._waker, wakened = socket.socketpair()
-        loop = _Loop(listener, wakened, self._handlers)
-        self._thread = threading.Thread(target=loop.run, name="control", daemon=True)
-        self._thread.start()
+        self._running.callback(self._remove, found)
+        serving = Serving(
+            "control",
+            listener,
+            lambda client: _Connection(client, self._handlers),
+            lambda: Limits(MAX_CONNECTIONS, SECONDS_PER_CONNECTION),
+            {},
+        )
+        self._running.callback(serving.stop)
+
+    def stop(self) -> None:
+        """Stop listening, drop all connections, remove the socket's file. Harmless when repeated or without `start`."""
+        self._running.close()
 
     def _bind(self, listener: socket.socket) -> None:
         """Take the path, also from a dead process; never from a living one."""
@@ -101,16 +106,9 @@ class ControlServer:
         Path(self._path).unlink(missing_ok=True)
         listener.bind(self._path)
 
-    def stop(self) -> None:
-        """Stop listening, drop all connections, remove the socket's file. Harmless when repeated or without `start`."""
-        if self._thread is None or self._waker is None:
-            return
-        self._waker.close()
-        self._thread.join()
-        self._thread = None
+    def _remove(self, ours: os.stat_result) -> None:
         with contextlib.suppress(OSError):
-            found = Path(self._path).stat()
-            if (found.st_dev, found.st_ino) == self._identity:
+            if os.path.samestat(Path(self._path).stat(), ours):
                 Path(self._path).unlink()
 
 
@@ -128,108 +126,49 @@ def _cause(error: OSError | ValueError) -> str:
 
 
 class _Connection:
-    """One client: what it asked, what it is still to get, and when it has had its time."""
+    """One client: what it asked, and what it is still to get."""
 
-    __slots__ = ("answer", "deadline", "received", "socket", "unsent")
+    __slots__ = ("_answer", "_handlers", "_received", "_unsent", "socket")
 
-    def __init__(self, client: socket.socket, deadline: float) -> None:
+    def __init__(self, client: socket.socket, handlers: Mapping[str, Handler]) -> None:
         self.socket = client
-        self.deadline = deadline
-        self.received = b""
-        self.answer: Iterator[str] | None = None
-        self.unsent = b""
-
-
-class _Loop:
-    """The server's thread: all of its state, none of it shared."""
-
-    def __init__(self, listener: socket.socket, wakened: socket.socket, handlers: Mapping[str, Handler]) -> None:
-        self._listener = listener
-        self._wakened = wakened
         self._handlers = handlers
-        self._selector = selectors.DefaultSelector()
-        # In order of their deadlines, as all have the same time.
-        self._connections: dict[socket.socket, _Connection] = {}
+        self._received = b""
+        self._answer: Iterator[str] | None = None
+        self._unsent = b""
 
-    def run(self) -> None:
-        """Serve until the other end of `wakened` is closed."""
-        with self._listener, self._wakened, self._selector:
-            self._selector.register(self._listener, selectors.EVENT_READ)
-            self._selector.register(self._wakened, selectors.EVENT_READ)
-            while True:
-                oldest = next(iter(self._connections.values()), None)
-                timeout = None if oldest is None else max(0.0, oldest.deadline - time.monotonic())
-                for key, _ in self._selector.select(timeout):
-                    if key.fileobj is self._wakened:
-                        for connection in list(self._connections.values()):
-                            self._drop(connection)
-                        return
-                    if key.fileobj is self._listener:
-                        self._accept()
-                    elif key.data.socket in self._connections:
-                        self._advance(key.data)
-                now = time.monotonic()
-                for connection in [c for c in self._connections.values() if c.deadline <= now]:
-                    self._drop(connection)
+    def advance(self) -> int:
+        return self._read() if self._answer is None else self._send(self._answer)
 
-    def _accept(self) -> None:
-        if len(self._connections) >= MAX_CONNECTIONS:
-            self._drop(next(iter(self._connections.values())))
-        try:
-            client, _ = self._listener.accept()
-        except BlockingIOError:
-            return  # The client left before it was served.
-        except OSError:
-            # Out of descriptors or memory. The listener stays readable: do not spin while that lasts.
-            _hold_breath(self._wakened)
-            return
-        client.setblocking(False)
-        connection = _Connection(client, time.monotonic() + SECONDS_PER_CONNECTION)
-        self._connections[client] = connection
-        self._selector.register(client, selectors.EVENT_READ, connection)
+    def ended(self, reason: str) -> None:
+        """Nobody else knows of it."""
 
-    def _advance(self, connection: _Connection) -> None:
-        """Take in what has come, or send what there is room for."""
-        try:
-            if connection.answer is None:
-                self._read(connection)
-            else:
-                self._send(connection)
-        except BlockingIOError:
-            return
-        except OSError:
-            self._drop(connection)
-
-    def _read(self, connection: _Connection) -> None:
-        data = connection.socket.recv(MAX_QUESTION_BYTES)
-        connection.received += data
-        if b"\n" in connection.received:
-            connection.answer = self._answer(connection.received.partition(b"\n")[0])
-        elif len(connection.received) >= MAX_QUESTION_BYTES:
-            connection.answer = iter((_error("the question is too long"),))
+    def _read(self) -> int:
+        data = self.socket.recv(MAX_QUESTION_BYTES)
+        self._received += data
+        if b"\n" in self._received:
+            self._answer = self._reply(self._received.partition(b"\n")[0])
+        elif len(self._received) >= MAX_QUESTION_BYTES:
+            self._answer = iter((_error("the question is too long"),))
         elif not data:
-            self._drop(connection)
-            return
-        if connection.answer is not None:
-            self._selector.modify(connection.socket, selectors.EVENT_WRITE, connection)
+            return DONE
+        return READING if self._answer is None else WRITING
 
-    def _send(self, connection: _Connection) -> None:
+    def _send(self, answer: Iterator[str]) -> int:
         """The next piece, or the rest of the last one: others have their turn in between."""
-        assert connection.answer is not None, "it was asked"
-        if not connection.unsent:
+        if not self._unsent:
             try:
-                piece = next(connection.answer, "")
+                self._unsent = next(answer, "").encode()
             except Exception:
                 # A defect in a handler ends one answer, which the client finds broken off, and no thread.
-                piece = ""
-            if not piece:
-                self._drop(connection)
-                return
-            connection.unsent = piece.encode()
-        sent = connection.socket.send(connection.unsent)
-        connection.unsent = connection.unsent[sent:]
+                return DONE
+            if not self._unsent:
+                return DONE
+        sent = self.socket.send(self._unsent)
+        self._unsent = self._unsent[sent:]
+        return WRITING
 
-    def _answer(self, line: bytes) -> Iterator[str]:
+    def _reply(self, line: bytes) -> Iterator[str]:
         try:
             question = json.loads(line)
         except (ValueError, RecursionError):
@@ -243,18 +182,6 @@ class _Loop:
         if handler is None:
             return iter((_error(f"there is only {', '.join(self._handlers)}"),))
         return _answered(handler, question)
-
-    def _drop(self, connection: _Connection) -> None:
-        del self._connections[connection.socket]
-        self._selector.unregister(connection.socket)
-        connection.socket.close()
-
-
-def _hold_breath(wakened: socket.socket) -> None:
-    """Hold breath for a tenth of a second, ready to be stopped."""
-    with selectors.DefaultSelector() as breath:
-        breath.register(wakened, selectors.EVENT_READ)
-        breath.select(0.1)
 
 
 _HEAD, _TAIL = f'{{"version": {VERSION}, "answer": ', "}\n"

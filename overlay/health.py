@@ -1,8 +1,8 @@
 """The health endpoint: /healthz, /readyz and /metrics for kubelets, load balancers and Prometheus; the page for people.
 
-One thread serves all connections without waiting on any: each has a few seconds, a few kilobytes and one request,
-and beyond a fixed number the oldest makes room. So neither slow nor hostile clients can hang it or grow it. It speaks
-just enough HTTP/1.1 (RFC 9112) for that; the standard library's server would take a thread for each client.
+One thread serves all connections without waiting on any (`serving`): each has a few seconds, a few kilobytes and one
+request, and beyond a fixed number the oldest makes room. So neither slow nor hostile clients can hang it or grow it. It
+speaks just enough HTTP/1.1 (RFC 9112) for that; the standard library's server would take a thread for each client.
 
 Whatever may take a moment is a document, made in a second thread that lives as long as there is something to make: a
 person who looks at the page delays no liveness check.
@@ -15,16 +15,15 @@ no name but localhost is answered to; an address is no name.
 import errno
 import ipaddress
 import os
-import select
-import selectors
 import socket
 import threading
-import time
 from collections import deque
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from contextlib import ExitStack, suppress
 from typing import NamedTuple
 
 from overlay.drops import CROWDED, SLOW
+from overlay.serving import DONE, READING, WRITING, Limits, Serving
 
 Page = Callable[[], tuple[bool, str]]
 """Whether all is well, and a text. Called in the server's thread: it must not block."""
@@ -90,15 +89,9 @@ class HealthServer:
         self._types = types or {}
         self._dropped = dict.fromkeys(DROPPED, 0) if dropped is None else dropped
         self._documents = documents or {}
-        self._listener: socket.socket | None = None
-        self._waker: socket.socket | None = None
-        self._thread: threading.Thread | None = None
-
-    @property
-    def port(self) -> int:
-        """The port listened on; the kernel's choice if 0 was asked for."""
-        assert self._listener is not None, "start() comes first"
-        return int(self._listener.getsockname()[1])
+        self._running = ExitStack()
+        self.port = port
+        """The port listened on: from `start` on the kernel's choice if 0 was asked for."""
 
     def start(self) -> None:
         """Listen, and serve from a daemon thread. HealthUnavailable if the address cannot be had."""
@@ -112,23 +105,22 @@ class HealthServer:
             listener.close()
             shown = f"[{ip}]:{port}" if ":" in ip else f"{ip}:{port}"
             raise HealthUnavailable(f"cannot listen on {shown}: {_cause(error)}") from None
-        listener.setblocking(False)
-        self._listener = listener
-        self._waker, wakened = socket.socketpair()
-        guarded = ipaddress.ip_address(ip).is_loopback
+        self.port = listener.getsockname()[1]
         workshop = _Workshop(self._documents)
-        loop = _Loop(listener, wakened, self._pages, self._types, self._dropped, workshop, guarded)
-        self._thread = threading.Thread(target=loop.run, name="health", daemon=True)
-        self._thread.start()
+        self._running.callback(workshop.close)
+        site = _Site(self._pages, self._types, self._dropped, workshop, ipaddress.ip_address(ip).is_loopback)
+        serving = Serving(
+            "health",
+            listener,
+            lambda client: _Connection(client, site),
+            lambda: Limits(MAX_CONNECTIONS, SECONDS_PER_CONNECTION),
+            {workshop.ready: workshop.hand_out},
+        )
+        self._running.callback(serving.stop)
 
     def stop(self) -> None:
         """Stop listening and drop all connections. May be called more than once, and without `start`."""
-        if self._thread is None or self._waker is None or self._listener is None:
-            return
-        self._waker.close()
-        self._thread.join()
-        self._listener.close()
-        self._thread = None
+        self._running.close()
 
 
 def _cause(error: OSError) -> str:
@@ -140,21 +132,6 @@ def _cause(error: OSError) -> str:
     return causes.get(error.errno or 0) or os.strerror(error.errno or 0).lower()
 
 
-class _Connection:
-    """One client: what it sent, what it is still to get, and when it has had its time."""
-
-    __slots__ = ("answered", "awaits", "deadline", "received", "socket", "unsent")
-
-    def __init__(self, client: socket.socket, deadline: float) -> None:
-        self.socket = client
-        self.deadline = deadline
-        self.received = b""
-        self.unsent = b""
-        self.answered = False
-        self.awaits = False
-        """Whether its answer is being made."""
-
-
 class _Request(NamedTuple):
     """The first line and what of the head matters; header names are in small letters."""
 
@@ -164,15 +141,87 @@ class _Request(NamedTuple):
     headers: Mapping[str, str]
 
 
+class _Connection:
+    """One client: what it sent, and what it is still to get."""
+
+    __slots__ = ("_answered", "_awaits", "_received", "_site", "socket", "unsent")
+
+    def __init__(self, client: socket.socket, site: "_Site") -> None:
+        self.socket = client
+        self._site = site
+        self._received = b""
+        self.unsent = b""
+        self._answered = False
+        # Whether its answer is being made.
+        self._awaits = False
+
+    def advance(self) -> int:
+        """Read what has come, answer once the request is complete, and wait for the client to hang up.
+
+        Closing at once could reset the connection and take the answer with it (RFC 9112 section 9.6).
+        """
+        if self.unsent:
+            return self._send()
+        data = self.socket.recv(MAX_REQUEST_BYTES)
+        if not data:
+            return DONE
+        if self._answered or self._awaits:
+            return READING
+        self._received += data
+        if b"\r\n\r\n" in self._received or b"\n\n" in self._received:
+            self.unsent = self._answer()
+        elif len(self._received) >= MAX_REQUEST_BYTES:
+            self.unsent = _response(400, "the request is too long")
+        else:
+            return READING
+        self._received = b""
+        return self._send() if self.unsent else READING
+
+    def ended(self, reason: str) -> None:
+        if reason and not self._answered:
+            self._site.dropped[reason] += 1
+        if self._awaits:
+            self._site.workshop.cancel(self)
+
+    def _send(self) -> int:
+        with suppress(BlockingIOError):
+            sent = self.socket.send(self.unsent)
+            self.unsent = self.unsent[sent:]
+        if self.unsent:
+            return WRITING
+        self._answered = True
+        self.socket.shutdown(socket.SHUT_WR)
+        return READING
+
+    def _answer(self) -> bytes:
+        """What the request is to get at once; nothing if it is a document, which is then being made."""
+        request = _parsed(self._received)
+        if request is None:
+            return _response(400, "this is not an HTTP/1 request")
+        head = request.method == "HEAD"
+        pages, documents = self._site.pages, self._site.workshop.documents
+        host = request.headers.get("host")
+        if self._site.guarded and host is not None and not _is_this_host(host):
+            return _response(421, "this is read as localhost, or by address", head=head)
+        if request.path not in pages and request.path not in documents:
+            return _response(404, f"there is only {', '.join(pages)}", head=head)
+        if request.method not in ("GET", "HEAD"):
+            return _response(405, "GET and HEAD only")
+        if request.path not in documents:
+            return self._site.page(request.path, head)
+        self._awaits = self._site.workshop.order(self, request)
+        return b"" if self._awaits else _response(503, "this host lets no thread be started", head=head)
+
+
 class _Workshop:
     """Makes documents, one after another, in a thread that starts when there is one to make and then ends.
 
-    `ready` turns readable when some are made; `made` has them, each with the connection that it was ordered for.
+    `ready` turns readable when some are made.
     """
 
     def __init__(self, documents: Mapping[str, Document]) -> None:
         self.documents = documents
-        self.made: deque[tuple[_Connection, bytes]] = deque()
+        self._made: deque[tuple[_Connection, bytes]] = deque()
         self.ready, self._bell = socket.socketpair()
         self.ready.setblocking(False)
         self._bell.setblocking(False)
@@ -197,6 +246,14 @@ class _Workshop:
         with self._lock:
             self._orders.pop(connection, None)
 
+    def hand_out(self) -> Iterator[_Connection]:
+        """The connections that have what they ordered now."""
+        self.ready.recv(MAX_CONNECTIONS)
+        while self._made:
+            connection, answer = self._made.popleft()
+            connection.unsent = answer
+            yield connection
+
     def close(self) -> None:
         """Make nothing more than what is being made."""
         with self._lock:
@@ -216,7 +273,7 @@ class _Workshop:
                 answer = self.documents[request.path](request.query)
             except Exception as error:
                 answer = Answer(f"the document itself failed: {type(error).__name__}\n".encode(), status=500)
-            self.made.append((connection, _encoded(answer, request)))
+            self._made.append((connection, _encoded(answer, request)))
             with self._lock:
                 try:
                     self._bell.send(b"\0")
@@ -224,172 +281,22 @@ class _Workshop:
                     pass  # It rings already, or nobody listens any more.
 
 
-class _Loop:
-    """The server's thread: all of its state, none of it shared but the workshop."""
+class _Site(NamedTuple):
+    """What all connections share, in the server's thread."""
 
-    def __init__(
-        self,
-        listener: socket.socket,
-        wakened: socket.socket,
-        pages: Mapping[str, Page],
-        types: Mapping[str, str],
-        dropped: MutableMapping[str, int],
-        workshop: _Workshop,
-        guarded: bool,
-    ) -> None:
-        self._listener = listener
-        self._wakened = wakened
-        self._pages = pages
-        self._types = types
-        self._dropped = dropped
-        self._workshop = workshop
-        self._guarded = guarded
-        self._selector = selectors.DefaultSelector()
-        # In order of their deadlines, as all have the same time.
-        self._connections: dict[socket.socket, _Connection] = {}
+    pages: Mapping[str, Page]
+    types: Mapping[str, str]
+    dropped: MutableMapping[str, int]
+    workshop: _Workshop
+    guarded: bool
 
-    def run(self) -> None:
-        """Serve until the other end of `wakened` is closed."""
-        with self._wakened, self._selector:
-            self._selector.register(self._listener, selectors.EVENT_READ)
-            self._selector.register(self._wakened, selectors.EVENT_READ)
-            self._selector.register(self._workshop.ready, selectors.EVENT_READ)
-            while True:
-                oldest = next(iter(self._connections.values()), None)
-                timeout = None if oldest is None else max(0.0, oldest.deadline - time.monotonic())
-                for key, _ in self._selector.select(timeout):
-                    if key.fileobj is self._wakened:
-                        for connection in list(self._connections.values()):
-                            self._drop(connection)
-                        self._workshop.close()
-                        return
-                    if key.fileobj is self._listener:
-                        self._accept()
-                    elif key.fileobj is self._workshop.ready:
-                        self._hand_out()
-                    elif key.data.socket in self._connections:
-                        self._advance(key.data)
-                now = time.monotonic()
-                for connection in [c for c in self._connections.values() if c.deadline <= now]:
-                    self._drop(connection, SLOW)
-
-    def _accept(self) -> None:
+    def page(self, path: str, head: bool) -> bytes:
         try:
-            client, _ = self._listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            # The client left before it was served.
-            return
-        except OSError:
-            # Out of descriptors or memory: the oldest client makes room. With none to drop, the listener stays readable
-            # and would keep this thread busy, so it holds its breath, ready to be stopped.
-            self._drop_oldest()
-            breath = select.poll()
-            breath.register(self._wakened, select.POLLIN)
-            breath.poll(100)
-            return
-        client.setblocking(False)
-        if len(self._connections) >= MAX_CONNECTIONS:
-            self._drop_oldest()
-        connection = _Connection(client, time.monotonic() + SECONDS_PER_CONNECTION)
-        self._connections[client] = connection
-        self._selector.register(client, selectors.EVENT_READ, connection)
-
-    def _advance(self, connection: _Connection) -> None:
-        """Read what has come, answer once the request is complete, and wait for the client to hang up.
-
-        Closing at once could reset the connection and take the answer with it (RFC 9112 section 9.6).
-        """
-        try:
-            if connection.unsent:
-                self._send(connection)
-                return
-            data = connection.socket.recv(MAX_REQUEST_BYTES)
-            if not data:
-                self._drop(connection)
-                return
-            if connection.answered or connection.awaits:
-                return
-            connection.received += data
-            if b"\r\n\r\n" in connection.received or b"\n\n" in connection.received:
-                self._answer(connection)
-            elif len(connection.received) >= MAX_REQUEST_BYTES:
-                connection.unsent = _response(400, "the request is too long")
-            if connection.unsent:
-                connection.received = b""
-                self._send(connection)
-        except BlockingIOError:
-            return
-        except OSError:
-            self._drop(connection)
-
-    def _send(self, connection: _Connection) -> None:
-        sent = connection.socket.send(connection.unsent)
-        connection.unsent = connection.unsent[sent:]
-        if connection.unsent:
-            self._selector.modify(connection.socket, selectors.EVENT_WRITE, connection)
-            return
-        connection.answered = True
-        connection.socket.shutdown(socket.SHUT_WR)
-        self._selector.modify(connection.socket, selectors.EVENT_READ, connection)
-
-    def _hand_out(self) -> None:
-        """Send what the workshop has made to those who still wait for it."""
-        self._workshop.ready.recv(MAX_CONNECTIONS)
-        while self._workshop.made:
-            connection, answer = self._workshop.made.popleft()
-            if connection.socket not in self._connections:
-                continue
-            connection.unsent = answer
-            try:
-                self._send(connection)
-            except BlockingIOError:
-                self._selector.modify(connection.socket, selectors.EVENT_WRITE, connection)
-            except OSError:
-                self._drop(connection)
-
-    def _answer(self, connection: _Connection) -> None:
-        """Have what the request is to get: at once if it is a page, else when it is made."""
-        request = _parsed(connection.received)
-        if request is None:
-            connection.unsent = _response(400, "this is not an HTTP/1 request")
-            return
-        head = request.method == "HEAD"
-        host = request.headers.get("host")
-        if self._guarded and host is not None and not _is_this_host(host):
-            connection.unsent = _response(421, "this is read as localhost, or by address", head=head)
-        elif request.path not in self._pages and request.path not in self._workshop.documents:
-            connection.unsent = _response(404, f"there is only {', '.join(self._pages)}", head=head)
-        elif request.method not in ("GET", "HEAD"):
-            connection.unsent = _response(405, "GET and HEAD only")
-        elif request.path in self._workshop.documents:
-            connection.awaits = self._workshop.order(connection, request)
-            if not connection.awaits:
-                connection.unsent = _response(503, "this host lets no thread be started", head=head)
-        else:
-            connection.unsent = self._page(request.path, head)
-
-    def _page(self, path: str, head: bool) -> bytes:
-        try:
-            well, text = self._pages[path]()
+            well, text = self.pages[path]()
         except Exception as error:
             # A defect in a check is a failed check; it must not end the thread that all checks hang on.
             well, text = False, f"the check itself failed: {type(error).__name__}"
-        return _response(200 if well else 503, text, head=head, kind=self._types.get(path, PLAIN) if well else PLAIN)
-
-    def _drop_oldest(self) -> None:
-        oldest = next(iter(self._connections.values()), None)
-        if oldest is not None:
-            self._drop(oldest, CROWDED)
-
-    def _drop(self, connection: _Connection, reason: str = "") -> None:
-        """Be done with it; `reason` if it is not, nor its client."""
-        if reason and not connection.answered:
-            self._dropped[reason] += 1
-        del self._connections[connection.socket]
-        if connection.awaits:
-            self._workshop.cancel(connection)
-        self._selector.unregister(connection.socket)
-        connection.socket.close()
+        return _response(200 if well else 503, text, head=head, kind=self.types.get(path, PLAIN) if well else PLAIN)
 
 
 def _parsed(request: bytes) -> _Request | None:

@@ -263,7 +263,7 @@ class Prober:
                     # Without a responder nobody hears what comes out of the tunnel.
                     heard=heard or (not self._port and watch is not None and target.underlay in came),
                     says_fine=fine,
-                    complains=self.heard.complains(target.address, target.source, now - COMPLAINT_S),
+                    complains=self.heard.complains(target.address, target.source, max(since, now - COMPLAINT_S)),
                     left=None if went is None or target.direct else target.underlay in went,
                     arrived=target.underlay in came or self.paths.arrived_since(target.address, since),
                     entry=kernel.wrong_device(target.device)

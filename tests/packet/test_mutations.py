@@ -191,7 +191,7 @@ def held(host: Host) -> dict[str, object]:
 def page(host: Host, path: str) -> int:
     """The status that the agent's health endpoint answers with."""
     with host.made(lambda: socket.create_connection(("127.0.0.1", HEALTH), SECONDS)) as client:
-        client.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+        client.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
         return int(client.recv(64).split()[1])
 
 
