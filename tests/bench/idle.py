@@ -129,7 +129,8 @@ def sections(figures: Figures) -> list[str]:
         "the kernel accounts for it, in per cent of one core. Processes and threads made are counted from the kernel's "
         "own events (netlink process connector), of which each new one causes one; the CPU time of children that have "
         f"ended is from /proc. Budgets: {BUDGET_IDLE_MB:g} MB among few peers, {BUDGET_FULL_MB:g} MB with {FULL:,}, "
-        f"{BUDGET_IDLE_CPU} % of a core, no process. flanneld v0.28.9: {FLANNELD_MB[0]} MB, about "
+        f"{BUDGET_IDLE_CPU} % of a core, no process; probes are off, and have a budget of their own "
+        f"([probes](probes.md)). flanneld v0.28.9: {FLANNELD_MB[0]} MB, about "
         f"{FLANNELD_IDLE_CPU} % of a core.",
         table(
             (
