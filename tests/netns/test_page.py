@@ -347,7 +347,7 @@ def test_pausing_stops_the_clock_of_the_picture(three: Page, server: PictureServ
 @pytest.fixture(scope="module")
 def lab(make_module_lab: MakeLab) -> Lab:
     """Three hosts whose agents serve the page; tests leave it as they found it."""
-    made = make_module_lab(pods=1, agent_options=OPTIONS)
+    made = make_module_lab(pods=1, agent_options=(*OPTIONS, "--probe-interval", "2"))
     made.up()
     return made
 
@@ -391,6 +391,31 @@ def test_a_hostile_lease_is_shown_as_text_until_it_is_gone(lab: Lab, page_of_h1:
     assert page_of_h1.value("typeof window.harm") == "undefined"
     delete(lab, key)
     page_of_h1.wait(f"{READY} === 3")
+
+
+def rows_with(text: str) -> str:
+    """How many hosts of the list have this in their row."""
+    return f"[...document.querySelectorAll('#rows tr')].filter((row) => row.innerText.includes('{text}')).length"
+
+
+def test_paths_are_shown_as_they_were_measured(page_of_h1: Page) -> None:
+    page_of_h1.wait(f"{rows_with(' ms')} === 2", 40)
+
+
+def test_drift_is_told_with_its_repair(lab: Lab, page_of_h1: Page) -> None:
+    lab.hosts[0].ip(f"route del {lab.hosts[1].subnet}")
+    page_of_h1.wait(f"document.querySelector('#events').innerText.includes('entry route {lab.hosts[1].subnet}')", 20)
+    page_of_h1.wait("document.querySelector('#events').innerText.includes('repaired')")
+
+
+def test_hosts_that_are_cut_off_are_seen_on_the_page_and_so_is_their_return(lab: Lab, page_of_h1: Page) -> None:
+    chain = "add chain bridge cut forward { type filter hook forward priority 0; policy drop; }"
+    assert lab.hub.run("nft", f"add table bridge cut; {chain}").returncode == 0
+    page_of_h1.wait(f"{rows_with('down')} === 2", 40)
+    assert page_of_h1.text("#health") == "degraded"
+    assert lab.hub.run("nft", "delete table bridge cut").returncode == 0
+    page_of_h1.wait(f"{rows_with('down')} === 0", 40)
+    page_of_h1.wait("document.querySelector('#health').innerText === 'healthy'", 40)
 
 
 def test_etcd_away_is_seen_on_the_page_and_so_is_its_return(lab: Lab, page_of_h1: Page) -> None:
