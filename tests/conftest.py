@@ -15,6 +15,7 @@ from hypothesis import settings
 from overlay.cluster import NETWORK_CONFIG, Lab, labs, orphans
 from overlay.lab import require_root_and_programs
 from overlay.netns import NamespaceError
+from overlay.options import Options
 from subnet_lease.etcd import EtcdStore
 from subnet_lease.store import Store
 
@@ -80,9 +81,14 @@ def shared_lab(make_module_lab: MakeLab) -> Lab:
 
 @pytest.fixture(scope="session", autouse=True)
 def _nothing_left_behind() -> Iterator[None]:
+    place = Path(Options().state_dir)
+    machines_own = place.exists()
     yield
     left = [name for name in labs() if name.startswith(_OWN_LABS)]
     assert not left, f"labs of this test run remain: {left}"
+    assert Path(Options().state_dir).exists() == machines_own, (
+        "a test has kept its files where the machine's agent does"
+    )
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -367,8 +367,8 @@ def test_configuration_that_cannot_be_used_is_refused_with_the_key_at_fault(make
     lab.start_etcd()
     lab.write_config({"Network": "10.244.0.0/16", "SubnetLen": "24", "Backend": {"Type": "vxlan"}})
     (h1,) = lab.hosts
-    options = ("--etcd-endpoints", "http://172.30.0.1:2379", "--iface", "eth0", "--subnet-file", str(h1.subnet_file))
-    refused = h1.run(*AGENT, "run", *options)
+    options = ("--iface", "eth0", "--subnet-file", str(h1.subnet_file), "--state-dir", str(h1.state_dir))
+    refused = h1.run(*AGENT, "run", "--etcd-endpoints", "http://172.30.0.1:2379", *options)
     assert refused.returncode == 1
     assert 'SubnetLen: must be a whole number, not "24"' in refused.stderr
     assert h1.run("ip", "link", "show", "flannel.1").returncode != 0
@@ -603,8 +603,8 @@ def test_network_that_contains_the_hosts_own_address_is_refused(make_lab: Callab
     lab.start_etcd()
     lab.write_config({"Network": "172.16.0.0/12", "Backend": {"Type": "vxlan"}})
     (h1,) = lab.hosts
-    options = ("--etcd-endpoints", "http://172.30.0.1:2379", "--iface", "eth0", "--subnet-file", str(h1.subnet_file))
-    refused = h1.run(*AGENT, "run", *options)
+    options = ("--iface", "eth0", "--subnet-file", str(h1.subnet_file), "--state-dir", str(h1.state_dir))
+    refused = h1.run(*AGENT, "run", "--etcd-endpoints", "http://172.30.0.1:2379", *options)
     assert refused.returncode == 1
     assert "Network: 172.16.0.0/12 contains this host's own address 172.30.0.11" in refused.stderr
     assert lab.leases() == []
