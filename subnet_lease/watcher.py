@@ -74,7 +74,6 @@ class Watcher:
         self._cluster_id = 0
         self._relist_at = 0.0
         self._connected = False
-        self._last_contact: float | None = None
         self._true_until: float | None = None
         """Up to when what was delivered is known to have been the store's latest, unless a watch stands."""
         self.failure: StoreError | None = None
@@ -85,11 +84,6 @@ class Watcher:
     def connected(self) -> bool:
         """Whether a watch stands now. The transport vouches for it: a store that falls silent ends it within 20 s."""
         return self._connected
-
-    @property
-    def last_contact(self) -> float | None:
-        """When the store last said anything, on `clock`; None before the first time. A quiet watch says little."""
-        return self._last_contact
 
     def age(self) -> float | None:
         """Seconds for which what was delivered may have been out of date: 0 while a watch stands, None before the first
@@ -187,7 +181,7 @@ class Watcher:
 
     def _heard(self) -> None:
         self.failure = None
-        self._last_contact = self._true_until = now = self._clock()
+        self._true_until = now = self._clock()
         away = self._outage.ended(now)
         if away is not None:
             self._log.info("store_reachable", away_s=round(away, 1))

@@ -742,7 +742,7 @@ def spoiled_checksums(scene: Scene) -> Iterator[tuple[str, ...]]:
         assert scene.peer.run("ethtool", "-K", "eth0", "tx", "on").returncode == 0
 
 
-# That the peer hears this host, and is not heard, a third one tells; for a minute, so this is the last of its kind.
+# That the peer hears this host, and is not heard, a third one tells.
 @fault("the middle drops tunnels' packets from a peer", "port_blocked_in", kind=PATH)
 def port_blocked_in(scene: Scene) -> Iterator[tuple[str, ...]]:
     with between(scene, f"{fro(scene)} udp dport 8472 drop"):
