@@ -34,6 +34,11 @@ class Tally(Counter[str]):
     def recall(self) -> float:
         return self["right"] / max(1, self["right"] + self["missed"])
 
+    def must_be_whole(self) -> None:
+        """Nothing was named that is not so, and nothing missed."""
+        print(f"{dict(self)}: precision {self.precision:.3f}, recall {self.recall:.3f}")
+        assert (self.precision, self.recall) == (1.0, 1.0), self
+
 
 def check(fault: Fault, scene: Scene, tally: Tally) -> None:
     """Set the fault up, ask all three, and undo it: each names the causes of the table and no other."""
